@@ -68,11 +68,14 @@ UNPACKED_MD5 = {  # torchvision checks the .gz files' sums, but never those of w
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-NETWORK_TIMEOUT = 15  # seconds a silent server is given; MNIST's two mirrors are asked in turn
+NETWORK_TIMEOUT = 5  # seconds for each address of a server to answer; a name may have eight
 
 
 class MNIST(datasets.MNIST):
-    """torchvision's MNIST, blind to the `processed` tensors of versions before 0.9, whose sums nobody knows."""
+    """torchvision's MNIST, blind to the `processed` tensors of versions before 0.9, whose sums nobody knows.
+
+    torchvision looks for the files below a folder of the class's own name, so the name must stay.
+    """
 
     processed_folder = ""
 
@@ -96,14 +99,14 @@ def load_mnist(root):
                     unpack_mnist(raw)
         transform = transforms.ToTensor()
         return MNIST(root, train=True, transform=transform), MNIST(root, train=False, transform=transform)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # all that torchvision and the disk raise here
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # disk, torchvision, proxy, server
         lacking = ", ".join(faulty(raw, dict(MNIST.resources)))
         raise DreamError(
-            f"MNIST could be neither read from ./{root} nor downloaded.\n"
+            f"MNIST could be neither read from ./{root} (in {os.getcwd()}) nor downloaded.\n"
             + (f"Missing or damaged: {lacking}\n" if lacking else "")
             + f"Reason: {' '.join(str(error).split())}\n"
-            f"What to do: put MNIST's four .gz files into {raw} (in a git clone: git checkout -- {root}), or connect "
-            "to the network; then run again."
+            f"What to do: run where {root} is, or put MNIST's four .gz files into {raw} (in a git clone: "
+            f"git checkout -- {root}), or connect to the network; then run again."
         ) from error
 
 
@@ -153,7 +156,7 @@ def pixels_of(dataset, device):
 class ShuffledBatches(Sampler):
     """Each epoch's `size` indices in a new random order, as index tensors of `batch_size` that live on `device`.
 
-    With them a DataLoader gathers a batch in one indexing operation, and a GPU never waits for the host.
+    With them a DataLoader gathers a batch in one indexing operation, and within an epoch a GPU waits for nothing.
     """
 
     def __init__(self, size, batch_size, device):
@@ -163,8 +166,7 @@ class ShuffledBatches(Sampler):
         return math.ceil(self.size / self.batch_size)
 
     def __iter__(self):
-        order = torch.randperm(self.size).to(self.device, non_blocking=True)
-        yield from order.split(self.batch_size)
+        yield from torch.randperm(self.size).to(self.device).split(self.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,11 +221,13 @@ class BinaryCrossEntropy(torch.autograd.Function):
 
     PyTorch's is slow on CPUs: sigmoid, loss and their gradients took 0.75 ms a step on 2 cores, with this one 0.20 ms.
     Like PyTorch's, the logarithms stop at -100 and the gradient's denominator at 1e-12: a pixel at 0 or 1 stays finite.
-    x is data: it gets no gradient.
+    x is data: it gets no gradient. Raises ValueError where the shapes differ.
     """
 
     @staticmethod
     def forward(ctx, recon_x, x):
+        if recon_x.shape != x.shape:
+            raise ValueError(f"recon_x is {tuple(recon_x.shape)}, but x is {tuple(x.shape)}")
         ctx.save_for_backward(recon_x, x)
         log_p = torch.log(recon_x).clamp_(min=-100)
         log_not_p = torch.log(1 - recon_x).clamp_(min=-100)
@@ -353,14 +357,14 @@ def mirror_indices(targets):
     return torch.stack(firsts, dim=1).flatten()
 
 
-def encode_sample(sample):
+def sample_png(sample):
     """The specification's picture: decoded images (64, 784) as one 8 x 8 grid of 242 x 242 pixels, in PNG bytes."""
     buffer = io.BytesIO()
     save_image(sample.view(-1, 1, SIDE, SIDE), buffer, format="png", nrow=SAMPLE_COLUMNS)
     return buffer.getvalue()
 
 
-def encode(image):
+def png(image):
     """A PIL image in PNG bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True)
@@ -377,7 +381,7 @@ def grid_image(images, **layout):
 def draw_canvas(model, device):
     """The plane itself, decoded at the `canvas_points`: 602 x 602 pixels, in PNG bytes."""
     images = model.decode(canvas_points().to(device))
-    return encode(grid_image(images.view(-1, 1, SIDE, SIDE), nrow=CANVAS_SIDE))
+    return png(grid_image(images.view(-1, 1, SIDE, SIDE), nrow=CANVAS_SIDE))
 
 
 @torch.no_grad()
@@ -385,14 +389,14 @@ def draw_mirror(model, x):
     """Digits x (N, 784), each above its reconstruction from mu, in rows of ten pairs, in PNG bytes."""
     mu, _ = model.encode(x)
     pairs = torch.cat((x, model.decode(mu)), dim=1).view(-1, 1, 2 * SIDE, SIDE)
-    return encode(grid_image(pairs, nrow=10, padding=4, pad_value=0.35))
+    return png(grid_image(pairs, nrow=10, padding=4, pad_value=0.35))
 
 
 def strongholds(mu, targets):
     """Where each class is dense, pure and in the lead, (10, 2), for mu (N, 2) of digits of classes `targets` (N,)."""
     cells, cell_of = (2 * mu).round().unique(dim=0, return_inverse=True)  # squares of half a unit
     counts = torch.stack([torch.bincount(cell_of[targets == label], minlength=len(cells)) for label in range(10)])
-    leads = counts == counts.amax(dim=0)  # a cell has one leader, so that no two classes claim the same
+    leads = counts == counts.amax(dim=0)  # so that two classes seldom claim the same cell
     best = (counts**2 / counts.sum(dim=0) * (leads + 1e-3)).argmax(dim=1)
     return torch.stack([mu[(cell_of == cell) & (targets == label)].mean(dim=0) for label, cell in enumerate(best)])
 
@@ -410,11 +414,11 @@ def draw_atlas(model, x, targets):
     for point, label in zip(mu.tolist(), targets.tolist()):
         chart.dot(place(*point), 1.7, CLASS_COLOURS[label])
     for label, stronghold in enumerate(strongholds(mu, targets).tolist()):
-        for centre in (place(*stronghold), (82 + 40 * label, 68)):  # on the map, where its colour is plain; the legend
+        for centre in (place(*stronghold), (82 + 40 * label, 68)):  # once on the map, once in the legend
             chart.dot(centre, 13, PAPER)
             chart.dot(centre, 11, CLASS_COLOURS[label])
             chart.text(centre, str(label), anchor="mm", colour=INK if label in LIGHT_CLASSES else PAPER)
-    return encode(chart.finish().quantize(64, Image.Quantize.FASTOCTREE))
+    return png(chart.finish().quantize(64, Image.Quantize.FASTOCTREE))
 
 
 def draw_history(history):
@@ -438,11 +442,11 @@ def draw_history(history):
                 chart.dot(point, 5, colour)
             chart.text((x + 14, top - 24), f"{name} {curve[-1]:.2f}", anchor="lm")
     chart.text((473, 890), "epoch", anchor="mb")
-    return encode(chart.finish().quantize(64, Image.Quantize.FASTOCTREE))
+    return png(chart.finish().quantize(64, Image.Quantize.FASTOCTREE))
 
 
 def ticks(low, high, least_step=0.0):
-    """Round numbers that enclose [low, high], in equal steps of 1, 2 or 5 times a power of ten, at most ten."""
+    """Round numbers that enclose [low, high], in about ten or fewer equal steps of 1, 2 or 5 times a power of ten."""
     span = max(high - low, 1e-6)
     power = 10.0 ** math.floor(math.log10(span / 10))
     step = max(least_step, next(factor * power for factor in (1, 2, 5, 10) if span <= 10 * factor * power))
@@ -518,8 +522,12 @@ class Stopped(BaseException):
 def exclusive(folder):
     """Let one process at a time into the block; the kernel frees the lock of a process that is killed."""
     with open(os.path.join(folder, ".lock"), "w") as lock:
-        if fcntl:
-            with contextlib.suppress(OSError):  # some network file systems know no locks: go on without
+        with contextlib.suppress(OSError):  # some network file systems know no locks: go on without
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Waiting for another run to be done with ./{folder}.", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -557,24 +565,18 @@ def check_room(folder, names):
 
 @contextlib.contextmanager
 def signals_raise():
-    """Within the block the first SIGINT or SIGTERM raises Stopped, so that everything is put away on the way out.
-
-    Yields a function that has both ignored from then on, for when the outcome is settled.
-    """
-
-    def settle():
-        for number in handlers:
-            signal.signal(number, signal.SIG_IGN)
+    """Within the block the first SIGINT or SIGTERM raises Stopped, so that everything is put away on the way out."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(signum, frame):
-        settle()  # a second Ctrl-C must not break what the first one puts away
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break what the first one puts away
         raise Stopped(signum)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in handlers:
             signal.signal(number, stop)
-        yield settle
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -604,14 +606,18 @@ class Tolerant:
                 raise DreamError(f"standard output cannot be written: {error.strerror}") from error
 
 
+def first_line(error):
+    """What an exception says, without the advice that PyTorch appends on further lines."""
+    return textwrap.shorten((str(error) or type(error).__name__).splitlines()[0], 400)
+
+
 def explain(error):
     """The message for a failure outside the program's power, None for a bug, which shall keep its traceback."""
-    first_line = textwrap.shorten((str(error) or type(error).__name__).splitlines()[0], 400)
     signs = ("CUDA error", "CUDA out of memory", "MPS backend out of memory", "can't allocate memory")
     if isinstance(error, DreamError):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or any(sign in first_line for sign in signs):
-        return f"the device failed: {first_line}"
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or any(sign in str(error) for sign in signs):
+        return f"the device failed: {first_line(error)}"
     if isinstance(error, MemoryError):
         return "there is not enough memory."
     return None
@@ -645,10 +651,11 @@ def parse_arguments(argv):
         return parse
 
     def torch_device(text):
-        try:
-            return torch.device(text)
-        except RuntimeError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a device: take cuda, cuda:1, cpu or mps") from None
+        with contextlib.suppress(RuntimeError):
+            device = torch.device(text)
+            if str(device) == text:  # torch takes cuda:256 for cuda:0
+                return device
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device: take cuda, cuda:1, cpu or mps")
 
     parser = OneLineParser(
         description="Train a variational autoencoder on MNIST and dream 64 new digits into dreams/dream_sample.png.",
@@ -668,9 +675,10 @@ def open_device(device):
     """Return the device's name for people; raises DreamError with PyTorch's own reason where it cannot be used."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error).splitlines()[0], 400)
+    except (RuntimeError, AssertionError, ImportError) as error:
         needed = "a CUDA GPU is required, but " if device.type == "cuda" else ""
+        no_backend = isinstance(error, NotImplementedError)
+        reason = "this PyTorch is built without it." if no_backend else first_line(error)
         raise DreamError(
             f"{needed}PyTorch cannot use the device '{device}': {reason}\n"
             "To train without a GPU: python quest_12_1.py --device cpu"
@@ -682,7 +690,9 @@ def open_device(device):
 
 def run(device, epochs, seed, gallery):
     """The whole job: train, dream, save. Returns the result as a dict; raises DreamError."""
-    torch.set_flush_denormal(True)  # Adam's moments of ever-black pixels decay into denormals, which CPUs crawl through
+    # Adam's moments of ever-black pixels decay into denormals, with which many CPUs crawl. PyTorch's threads take the
+    # setting over when they start, so this comes before its first operation.
+    torch.set_flush_denormal(True)
     device_name = open_device(device)
     names = ["dream_sample.png"]
     if gallery:
@@ -707,7 +717,7 @@ def run(device, epochs, seed, gallery):
             history.append((train_loss, held_out_loss))
     print(f"Held-out loss on {len(x_test):,} digits: {held_out_loss}.")
 
-    pictures = [encode_sample(dream(model, device))]
+    pictures = [sample_png(dream(model, device))]
     if gallery:
         chosen = mirror_indices(test_dataset.targets).to(device)
         pictures += [
@@ -737,7 +747,7 @@ def run(device, epochs, seed, gallery):
 
 
 def main(argv=None):
-    """Run the command line `argv` (default: the process's own) and return the exit code.
+    """Run the command line `argv` (default: the process's own) and return the exit code; in the main thread.
 
     0: the pictures are saved. 1: a failure, 2: a wrong command line, 130 and 143: stopped by SIGINT or SIGTERM; each
     is said in one message on standard error. A bug raises.
@@ -745,32 +755,28 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in argv
     out, err = Tolerant(sys.stdout, essential=True), Tolerant(sys.stderr, essential=False)
-    with (
-        contextlib.redirect_stderr(err),
-        contextlib.redirect_stdout(err if as_json else out),
-        signals_raise() as settle,
-    ):
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err if as_json else out):
         try:
-            options = parse_arguments(argv)
-            result = run(options.device, options.epochs, options.seed, options.gallery)
-            settle()
+            with signals_raise():
+                options = parse_arguments(argv)
+                result = run(options.device, options.epochs, options.seed, options.gallery)
             print(json.dumps(result) if as_json else result["message"], file=out)
             return 0
         except Stopped as stopped:
             (signum,) = stopped.args
             message, exit_code = f"stopped by {signal.Signals(signum).name}.", 128 + signum
         except (DreamError, MemoryError, RuntimeError) as error:
-            settle()
             message, exit_code = explain(error), getattr(error, "exit_code", 1)
             if message is None:
                 raise
         print(f"quest_12_1.py: {message}", file=err)
         if as_json:
-            print(json.dumps({"success": False, "message": message}), file=out)
+            with contextlib.suppress(DreamError):  # what cannot be written was said on standard error
+                print(json.dumps({"success": False, "message": message}), file=out)
         return exit_code
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # main listens; what comes after its last word is too late to count
+        signal.signal(number, signal.SIG_IGN)  # main listens to both; what comes after its last word is too late
     sys.exit(main())

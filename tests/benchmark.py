@@ -1,7 +1,7 @@
 """How fast the project is, measured side by side with the textbook and with the machine's own limits.
 
     python tests/benchmark.py --device cpu              the whole table: five sides, 10 epochs, 3 rounds
-    python tests/benchmark.py --device cpu --epochs 2   the same in a fifth of the time, scaled to 10 epochs
+    python tests/benchmark.py --device cpu --epochs 2   the same in a third of the time, scaled to 10 epochs
     python tests/benchmark.py --json                    the figures as JSON
 
 Every figure comes from whole processes in fresh interpreters, the sides in turn, after a warm-up of each. What is

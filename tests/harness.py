@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -35,11 +36,23 @@ class Run:
     def __init__(self, nursery, pid, folder, name):
         self.nursery, self.pid = nursery, pid
         self.out_file, self.err_file = folder / f"{name}.out", folder / f"{name}.err"
-        self.started = time.monotonic()
 
     def send(self, number):
         with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.kill(self.pid, number)
+
+    def listens(self, seconds=60):
+        """Wait until the process handles SIGTERM, which it does from the moment that its imports are done."""
+        deadline = time.monotonic() + seconds
+        caught = 0
+        while not caught >> (signal.SIGTERM - 1) & 1:
+            assert time.monotonic() < deadline, "never listened to signals"
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            caught = int(status.split("SigCgt:")[1].split()[0], 16)
+
+    def ends_within(self, seconds):
+        """Wait for the process's end, but no longer than `seconds`; say whether it came."""
+        return bool(select.select([self.nursery.process.stdout], [], [], seconds)[0])
 
     def says(self, text, seconds=60):
         """Wait until standard error holds `text`."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_every_point_of_the_atlas_stands_within_its_frame(model, mnist, monkeypa
     assert points[lowest][1] == max(down for _, down, _ in points)
     assert [colour for *_, colour in points[:3]] == [quest.CLASS_COLOURS[label] for label in test_dataset.targets[:3]]
     assert len(set(quest.CLASS_COLOURS)) == 10
+    legend = [(across, colour) for across, down, colour in dots[10_000:] if down < 96 and colour != quest.PAPER]
+    assert [colour for _, colour in sorted(legend)] == list(quest.CLASS_COLOURS)
+
+
+def test_the_atlas_names_each_class_where_it_is_dense_and_in_the_lead():
+    torch.manual_seed(0)
+    centres = torch.tensor([[4 * math.cos(k), 4 * math.sin(k)] for k in range(10)])
+    targets = torch.arange(10).repeat(100)
+    mu = centres[targets] + 0.1 * torch.randn(1000, 2)
+    assert (quest.strongholds(mu, targets) - centres).norm(dim=1).max() < 0.5
+    mu[targets == 9] = torch.cat((mu[targets == 8][:60] + 0.01, mu[targets == 9][:40]))  # most of 9 hides among 8
+    names = quest.strongholds(mu, targets)
+    assert (names[8] - centres[8]).norm() < 0.5 and (names[9] - centres[9]).norm() < 0.5
 
 
 def test_the_history_ends_at_the_numbers_that_the_result_reports(monkeypatch):

@@ -109,6 +109,7 @@ def test_help_tells_every_option(tmp_path):
         (["--seed", str(2**64)], "whole number from 0"),
         (["--device", "banana"], "cuda, cuda:1, cpu or mps"),
         (["--device", ""], "cuda, cuda:1, cpu or mps"),
+        (["--device", "cuda:256"], "cuda, cuda:1, cpu or mps"),
         (["--batch-size", "3"], "unrecognized arguments: --batch-size 3"),
         (["--epo", "3"], "unrecognized arguments: --epo 3"),
         (["--epochs"], "expected one argument"),

@@ -84,3 +84,8 @@ def test_a_nan_in_the_reconstruction_makes_the_loss_nan():
     recon_x = torch.rand(2, 784)
     recon_x[1, 5] = float("nan")
     assert quest.loss_function(recon_x, torch.rand(2, 784), *prior(2)).isnan()
+
+
+def test_a_reconstruction_of_another_shape_than_the_digits_is_refused():
+    with pytest.raises(ValueError, match=r"recon_x is \(4, 784\), but x is \(1, 784\)"):
+        quest.loss_function(torch.rand(4, 784), torch.rand(1, 784), *prior(4))
