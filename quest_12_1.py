@@ -91,11 +91,11 @@ def load_mnist(root):
         if faulty(raw, UNPACKED_MD5):
             os.makedirs(raw, exist_ok=True)
             with exclusive(raw):
-                again = faulty(raw, UNPACKED_MD5)  # another process may have mended them while this one waited
-                for name in again:
+                broken = faulty(raw, UNPACKED_MD5)  # another process may have mended them while this one waited
+                for name in broken:
                     if os.path.exists(os.path.join(raw, name)):
                         print(f"{raw}/{name} is damaged (wrong MD5 sum): unpacking it again.", file=sys.stderr)
-                if again:
+                if broken:
                     unpack_mnist(raw)
         transform = transforms.ToTensor()
         return MNIST(root, train=True, transform=transform), MNIST(root, train=False, transform=transform)

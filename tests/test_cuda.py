@@ -72,6 +72,7 @@ def test_from_the_same_weights_batch_and_noise_a_step_on_the_gpu_reaches_the_cpu
     assert differs.float().mean() < 0.01
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_within_an_epoch_waits_for_the_gpu(digits, cuda, monkeypatch):
     x = digits.to(cuda)
     batches = list(DataLoader(x, sampler=quest.ShuffledBatches(len(x), 128, cuda), batch_size=None))
