@@ -11,16 +11,31 @@ import sys
 import time
 from pathlib import Path
 
+from torch import optim
+from torch.utils.data import DataLoader
+
+import quest_12_1 as quest
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "quest_12_1.py"
+RAW = "data/MNIST/raw"  # below a working folder
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # where nobody answers
 
 
 def copy_archives(folder):
-    raw = folder / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for archive in (ROOT / "data" / "MNIST" / "raw").glob("*.gz"):
-        shutil.copy(archive, raw)
+    (folder / RAW).mkdir(parents=True)
+    for archive in (ROOT / RAW).glob("*.gz"):
+        shutil.copy(archive, folder / RAW)
+
+
+def loader_of(x):
+    """Batches of x as the script makes them."""
+    return DataLoader(x, sampler=quest.ShuffledBatches(x, quest.BATCH_SIZE), batch_size=None)
+
+
+def adam_of(model):
+    """The optimizer as the script makes it."""
+    return optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True)
 
 
 def run(folder, *arguments, **environment):

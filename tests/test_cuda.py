@@ -1,12 +1,8 @@
 """On a GPU: the job as a user starts it, and the promises that only a GPU can keep or break."""
 
-import shutil
-
 import pytest
 import torch
-from harness import only_message, run
-from torch import optim
-from torch.utils.data import DataLoader
+from harness import adam_of, loader_of, only_message, run
 
 import quest_12_1 as quest
 
@@ -20,22 +16,20 @@ def cuda():
     return torch.device("cuda")
 
 
-def test_the_main_job_without_any_argument_trains_on_the_gpu(tmp_path, unpacked):
-    shutil.copytree(unpacked / "data", tmp_path / "data")
-    result = run(tmp_path)
+def test_the_main_job_without_any_argument_trains_on_the_gpu(folder):
+    result = run(folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].endswith(f"s on {torch.cuda.get_device_name()}).")
     loss = float(result.stdout.split("held-out loss ")[1].split()[0])
     assert 140 < loss <= 156.5
-    assert (tmp_path / "dreams" / "dream_sample.png").is_file()
+    assert (folder / "dreams" / "dream_sample.png").is_file()
 
 
-def test_the_same_seed_dreams_the_same_bytes_on_the_gpu(tmp_path, unpacked):
-    (tmp_path / "data").symlink_to(unpacked / "data")
+def test_the_same_seed_dreams_the_same_bytes_on_the_gpu(folder):
     dreams = []
     for seed in ("7", "7", "8"):
-        assert run(tmp_path, "--epochs", "2", "--seed", seed).returncode == 0
-        dreams.append((tmp_path / "dreams" / "dream_sample.png").read_bytes())
+        assert run(folder, "--epochs", "2", "--seed", seed).returncode == 0
+        dreams.append((folder / "dreams" / "dream_sample.png").read_bytes())
     assert dreams[0] == dreams[1] != dreams[2]
 
 
@@ -45,9 +39,9 @@ def test_the_gpu_follows_the_cpu_s_loss_by_epoch(digits, cuda):
     for device in (CPU, cuda):
         torch.manual_seed(0)
         x = digits.to(device)
-        loader = DataLoader(x, sampler=quest.ShuffledBatches(len(x), quest.BATCH_SIZE, device), batch_size=None)
+        loader = loader_of(x)
         model = quest.VAE().to(device)
-        optimizer = optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True)
+        optimizer = adam_of(model)
         averages[device.type] = []
         for epoch in range(3):
             torch.manual_seed(epoch)
@@ -64,7 +58,7 @@ def test_from_the_same_weights_batch_and_noise_a_step_on_the_gpu_reaches_the_cpu
     for device in (CPU, cuda):
         torch.manual_seed(0)
         model = quest.VAE().to(device)
-        optimizer = optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True)
+        optimizer = adam_of(model)
         quest.train_step(model, optimizer, digits[:128].to(device))
         weights[device.type] = model.fc1.weight.detach().cpu()
     # Adam's first step is lr * sign(gradient): a gradient of about 0 may differ in sign, and then by 2 lr
@@ -75,9 +69,9 @@ def test_from_the_same_weights_batch_and_noise_a_step_on_the_gpu_reaches_the_cpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_within_an_epoch_waits_for_the_gpu(digits, cuda, monkeypatch):
     x = digits.to(cuda)
-    batches = list(DataLoader(x, sampler=quest.ShuffledBatches(len(x), 128, cuda), batch_size=None))
+    batches = list(loader_of(x))
     model = quest.VAE().to(cuda)
-    optimizer = optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True)
+    optimizer = adam_of(model)
     quest.train_step(model, optimizer, batches[0])  # the first step sets up
     average_loss = quest.average_loss
 
@@ -101,8 +95,7 @@ def test_a_gpu_that_is_not_there_is_one_message(tmp_path):
     assert "invalid device ordinal" in only_message(result) and list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_without_free_memory_is_one_message(tmp_path, unpacked, cuda):
-    (tmp_path / "data").symlink_to(unpacked / "data")
+def test_a_gpu_without_free_memory_is_one_message(folder, cuda):
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     hog = [torch.empty(max(0, free - (600 << 20)), dtype=torch.uint8, device=cuda)]
@@ -111,17 +104,16 @@ def test_a_gpu_without_free_memory_is_one_message(tmp_path, unpacked, cuda):
         while free > 64 << 20:  # what is left is less than a CUDA context and the digits need
             hog.append(torch.empty(32 << 20, dtype=torch.uint8, device=cuda))
             free, _ = torch.cuda.mem_get_info()
-        result = run(tmp_path)
+        result = run(folder)
     finally:
         hog.clear()
         torch.cuda.empty_cache()
     assert result.returncode == 1 and "out of memory" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_loss_that_diverges_on_the_gpu_is_said_as_on_the_cpu(tmp_path, unpacked, monkeypatch, capsys):
-    (tmp_path / "data").symlink_to(unpacked / "data")
-    monkeypatch.chdir(tmp_path)
+def test_a_loss_that_diverges_on_the_gpu_is_said_as_on_the_cpu(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(quest, "LEARNING_RATE", 1e30)
     assert quest.main(["--epochs", "3"]) == 1
     assert "training diverged" in capsys.readouterr().err
-    assert not (tmp_path / "dreams" / "dream_sample.png").exists()
+    assert not (folder / "dreams" / "dream_sample.png").exists()

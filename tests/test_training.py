@@ -5,17 +5,11 @@ import itertools
 
 import pytest
 import torch
+from harness import adam_of, loader_of
 from plain import PlainVAE, plain_step
 from torch import optim
-from torch.utils.data import DataLoader
 
 import quest_12_1 as quest
-
-CPU = torch.device("cpu")
-
-
-def loader_of(x, batch_size=quest.BATCH_SIZE):
-    return DataLoader(x, sampler=quest.ShuffledBatches(len(x), batch_size, CPU), batch_size=None)
 
 
 def test_the_digits_are_what_the_dataset_gives_image_by_image(mnist, digits):
@@ -49,7 +43,7 @@ def test_fed_the_same_batches_and_noise_a_step_reaches_the_textbook_s_weights(di
     plain = PlainVAE()
     ours = quest.VAE()
     ours.load_state_dict(copy.deepcopy(plain.state_dict()))
-    ours_adam = optim.Adam(ours.parameters(), lr=quest.LEARNING_RATE, fused=True)
+    ours_adam = adam_of(ours)
     plain_adam = optim.Adam(plain.parameters(), lr=1e-3)
     before = ours.fc1.weight.detach().clone()
     for step, x in enumerate(itertools.islice(loader_of(digits), 30)):
@@ -67,9 +61,9 @@ def test_fed_the_same_batches_and_noise_a_step_reaches_the_textbook_s_weights(di
 def test_an_epoch_reports_the_average_of_its_steps_losses_in_two_parts_that_add_up(digits, capsys):
     torch.manual_seed(0)
     model = quest.VAE()
-    optimizer = optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = adam_of(model)
     reference = copy.deepcopy(model)
-    reference_adam = optim.Adam(reference.parameters(), lr=1e-3, fused=True)
+    reference_adam = adam_of(reference)
     loader = loader_of(digits[:1000])
     torch.manual_seed(1)
     average = quest.train_epoch(model, optimizer, loader, "Epoch 1/1")
