@@ -491,7 +491,7 @@ class Chart:
         return place
 
     def png(self):
-        """The sheet at its own size, edges smoothed, in PNG bytes: 64 colours, a fifth of the file that all would make."""
+        """The sheet at its own size, edges smoothed, in PNG bytes; 64 colours make it a fifth of the full file."""
         return png(self.image.resize(self.size, Image.Resampling.LANCZOS).quantize(64, Image.Quantize.FASTOCTREE))
 
 
