@@ -1,10 +1,10 @@
-"""Fixtures: working folders with real data, and the processes that run the script in them."""
+"""Fixtures: working folders with real data, with the digits in them."""
 
 import shutil
 
 import pytest
 import torch
-from harness import Nursery, copy_archives
+from harness import RAW, copy_archives
 
 import quest_12_1 as quest
 
@@ -12,9 +12,8 @@ import quest_12_1 as quest
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory):
     """A folder whose data/ holds MNIST packed and unpacked. Tests only read it."""
-    folder = tmp_path_factory.mktemp("unpacked")
-    copy_archives(folder)
-    quest.load_mnist(str(folder / "data"))
+    folder = copy_archives(tmp_path_factory.mktemp("unpacked"))
+    quest.repair_mnist(str(folder / "data"))
     return folder
 
 
@@ -27,32 +26,21 @@ def mnist(unpacked):
 @pytest.fixture(scope="session")
 def digits(mnist):
     """The 60,000 training digits as the script trains on them: (60000, 784)."""
-    return quest.pixels_of(mnist[0], torch.device("cpu"))
-
-
-@pytest.fixture
-def clone(tmp_path):
-    """A working folder like a fresh clone's: MNIST still packed, no dream yet."""
-    copy_archives(tmp_path)
-    return tmp_path
+    return quest.images_on("cpu", mnist[0])
 
 
 @pytest.fixture
 def folder(tmp_path, unpacked):
     """A working folder with MNIST unpacked, free to damage."""
-    shutil.copytree(unpacked / "data", tmp_path / "data")
+    shutil.copytree(unpacked / RAW, tmp_path / RAW)
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def nurseries():
-    """Two, so that the two cores are busy where many runs are wanted."""
-    pair = Nursery(), Nursery()
-    yield pair
-    for nursery in pair:
-        nursery.close()
+@pytest.fixture(autouse=True)
+def fixed_noise():
+    torch.manual_seed(0)
 
 
 @pytest.fixture
-def nursery(nurseries):
-    return nurseries[0]
+def model(fixed_noise):
+    return quest.VAE()
