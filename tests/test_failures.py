@@ -252,7 +252,7 @@ def test_dreams_on_a_full_disk_are_one_message_and_the_earlier_picture_stays(fol
             process.says("Epoch 1/20")
             fill(folder / "dreams")
         assert process.wait().returncode == 1
-        assert process.stderr.splitlines()[-1].startswith("quest_12_1.py: no picture can be saved in ./dreams: ")
+        assert process.stderr.splitlines()[-1].startswith("quest_12_1.py: no picture was saved in ./dreams: ")
         assert "No space left on device" in process.stderr and "Traceback" not in process.stderr
         assert ("Epoch" in process.stderr) == (full == "during training")
         assert picture(folder) == "earlier" and not leftovers(folder)

@@ -65,10 +65,10 @@ def test_without_a_gpu_it_says_so_at_once_and_touches_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("--epochs 0", "whole number from 1"),
+        ("--epochs 0", "--epochs must be at least 1"),
         ("--epochs ten", "invalid int value: 'ten'"),
-        ("--seed -1", "whole number from 0"),
-        (f"--seed {2**64}", "whole number from 0"),
+        ("--seed -1", "--seed must be from 0 to"),
+        (f"--seed {2**64}", "--seed must be from 0 to"),
         ("--epo 3", "unrecognized arguments: --epo 3"),
     ],
 )
