@@ -47,8 +47,7 @@ def with_earlier_picture(folder):
 
 
 def visible(folder):
-    """The names in `folder`, less the hidden temporary folders that killed runs may leave."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(".part-")}
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".part-")}  # of killed runs
 
 
 def picture(folder):

@@ -119,7 +119,7 @@ def test_the_mirror_shows_the_first_four_digits_of_each_class_above_their_recons
         torch.testing.assert_close(mirrored[10 * nth + label], model.decode(model.encode(expected[None])[0])[0])
 
 
-def test_the_growth_shows_the_sample_s_dreams_before_training_and_after_each_epoch(gallery):
+def test_the_growth_shows_the_sample_s_dreams_before_training_and_after_each_epoch(gallery, model):
     folder, _ = gallery
     frames, milliseconds = [], []
     with Image.open(folder / "dreams" / "dream_growth.gif") as animation:
@@ -130,4 +130,6 @@ def test_the_growth_shows_the_sample_s_dreams_before_training_and_after_each_epo
     assert milliseconds == [500, 500, 3000]
     sample = levels(folder / "dreams" / "dream_sample.png")
     distances = [(frame - sample).abs().float().mean() for frame in frames]
+    z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))  # the same points on every device
+    assert (frames[0] - 255 * quest.make_grid(quest.dream(model, z))[0]).abs().max() <= 1
     assert distances[0] > 50 > distances[1] > 1 > distances[2]  # from grey noise to the sample itself
