@@ -330,12 +330,12 @@ def repair_mnist(root):
                 continue
             if os.path.exists(path):
                 print(f"{path} has a wrong MD5 checksum: unpacking it again.", file=sys.stderr)
-            with atomic_writes(raw) as part:
+            with atomic_writes(raw) as temporary:
                 if dataset_utils.check_integrity(f"{raw}/{archive}", md5):
-                    dataset_utils.extract_archive(f"{raw}/{archive}", part)
+                    dataset_utils.extract_archive(f"{raw}/{archive}", temporary)
                 else:
                     url = DATASET.mirrors[0] + archive
-                    dataset_utils.download_and_extract_archive(url, part, md5=md5)
+                    dataset_utils.download_and_extract_archive(url, temporary, md5=md5)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise DreamError(
             f"{DATASET.__name__} can be neither read from ./{root} nor downloaded: {error}\n"
@@ -370,7 +370,7 @@ def learn_and_dream(device, epochs, seed, gallery):
     training_seconds = time.perf_counter() - start
     held_out_loss = evaluate(model, x_test)
 
-    sample = dream(model, z)
+    sample = growth[-1]
     with atomic_writes(DREAMS_DIR) as temporary:
         save_image(sample, f"{temporary}/dream_sample.png")
         if gallery:

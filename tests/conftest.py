@@ -11,7 +11,7 @@ import quest_12_1 as quest
 
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory):
-    """A folder whose data/ holds MNIST packed and unpacked. Tests only read it."""
+    """A folder whose data/ holds MNIST packed and unpacked. Tests leave the data as it is."""
     folder = copy_archives(tmp_path_factory.mktemp("unpacked"))
     quest.repair_mnist(str(folder / "data"))
     return folder
