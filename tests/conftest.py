@@ -1,46 +1,48 @@
-"""Fixtures: working folders with real data, with the digits in them."""
+"""Fixtures: the digits, a model, working folders with real data, and two runs whose results many tests look at."""
 
-import shutil
+import json
 
 import pytest
 import torch
-from harness import RAW, copy_archives
+from harness import ROOT, run, run_small
 
 import quest_12_1 as quest
 
 
 @pytest.fixture(scope="session")
-def unpacked(tmp_path_factory):
-    """A folder whose data/ holds MNIST packed and unpacked. Tests leave the data as it is."""
-    folder = copy_archives(tmp_path_factory.mktemp("unpacked"))
-    quest.repair_mnist(str(folder / "data"))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def mnist(unpacked):
-    """(train_dataset, test_dataset), as the script loads them."""
-    return quest.load_mnist(str(unpacked / "data"))
-
-
-@pytest.fixture(scope="session")
-def digits(mnist):
-    """The 60,000 training digits as the script trains on them: (60000, 784)."""
-    return quest.images_on("cpu", mnist[0])
-
-
-@pytest.fixture
-def folder(tmp_path, unpacked):
-    """A working folder with MNIST unpacked, free to damage."""
-    shutil.copytree(unpacked / RAW, tmp_path / RAW)
-    return tmp_path
+def held_out():
+    """The 10,000 held-out digits, (10000, 784), and their classes."""
+    dataset = quest.load_mnist(ROOT / "data")[1]
+    return quest.images_on("cpu", dataset), dataset.targets
 
 
 @pytest.fixture(autouse=True)
-def fixed_noise():
+def model():
+    """A model before training, from the seed that also fixes what the test draws."""
     torch.manual_seed(0)
+    return quest.VAE()
 
 
 @pytest.fixture
-def model(fixed_noise):
-    return quest.VAE()
+def folder(tmp_path):
+    """A working folder with MNIST, which all share."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory):
+    """A gallery run of two epochs on few digits, into a folder that has to be made: that folder, and its result."""
+    folder = tmp_path_factory.mktemp("gallery")
+    (folder / "data").symlink_to(ROOT / "data")
+    result = run_small(folder, "--gallery", "--json", "--epochs", "2", "--output", "runs/seed 0")
+    assert result.returncode == 0 and not (folder / "dreams").exists(), result.stderr
+    return folder / "runs" / "seed 0", json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """The user's main job without a GPU, whole: 10 epochs on all digits, in 30 s, with the gallery."""
+    folder = tmp_path_factory.mktemp("main_job")
+    (folder / "data").symlink_to(ROOT / "data")
+    return folder, run(folder, "--device", "cpu", "--gallery")

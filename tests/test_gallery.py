@@ -1,111 +1,78 @@
 """The gallery: pictures that show what they claim, the same for the same seed."""
 
+import base64
 import itertools
 import json
+import re
+import shutil
 
-import pytest
 import torch
-from harness import run_small
-from PIL import Image
+from harness import ROOT, SCRIPT, levels, run_small
+from PIL import Image, ImageSequence
+from torch.distributions import Normal
 
 import quest_12_1 as quest
 
-NAMES = ["dream_sample.png", "dream_canvas.png", "dream_atlas.png", "dream_mirror.png", "dream_growth.gif"]
+PICTURES = ["dream_atlas.png", "dream_canvas.png", "dream_growth.gif", "dream_mirror.png", "dream_sample.png"]
+NAMES = [*PICTURES[:4], "dream_model.js", "dream_model.pt", "dream_sample.png", "plane.html"]
 
 
-@pytest.fixture(scope="module")
-def gallery(tmp_path_factory, unpacked):
-    """A gallery run of two epochs; returns (folder, its result)."""
-    folder = tmp_path_factory.mktemp("gallery")
-    (folder / "data").symlink_to(unpacked / "data")
-    result = run_small(folder, "--gallery", "--json", "--epochs", "2")
-    assert result.returncode == 0, result.stderr
-    return folder, json.loads(result.stdout)
-
-
-@pytest.fixture(scope="module")
-def held_out(mnist):
-    """The 10,000 held-out digits, (10000, 784), and their classes."""
-    return quest.images_on("cpu", mnist[1]), mnist[1].targets
-
-
-def levels(path, mode="L"):
-    """A picture's pixels, from 0 to 255: (height, width), or (height, width, 3)."""
-    with Image.open(path) as image:
-        return torch.tensor(list(image.convert(mode).tobytes())).view(*image.size[::-1], -1).squeeze(-1)
-
-
-def test_the_gallery_saves_five_whole_pictures_and_names_each_in_the_message(gallery):
+def test_the_gallery_saves_five_pictures_the_model_and_its_page_and_names_each(gallery):
     folder, answer = gallery
-    files = [folder / "dreams" / name for name in NAMES]
-    assert answer["files"] == [f"dreams/{name}" for name in NAMES] and ", ".join(answer["files"]) in answer["message"]
-    assert set(files) == set((folder / "dreams").iterdir())
-    assert [levels(file).shape for file in files] == [(242, 242), (602, 602), (602, 602), (244, 324), (242, 242)]
-    assert sum(file.stat().st_size for file in files) < 1_200_000
+    assert answer["files"] == [f"runs/seed 0/{name}" for name in NAMES]
+    assert answer["message"].endswith("The dream is ready: " + ", ".join(answer["files"]))
+    assert {folder / name for name in NAMES} == set(folder.iterdir())
+    shapes = [tuple(levels(folder / name).shape) for name in PICTURES]
+    assert shapes == [(602, 602), (602, 602), (242, 242), (244, 324), (242, 242)]
+    assert sum((folder / name).stat().st_size for name in PICTURES) < 1_200_000
+    assert (folder / "plane.html").read_bytes() == (ROOT / "dreams" / "plane.html").read_bytes()
 
 
 def test_the_same_seed_gives_the_same_bytes_with_and_without_the_gallery_and_another_seed_others(gallery, folder):
-    first, dreams = gallery[0] / "dreams", folder / "dreams"
-    assert run_small(folder, "--epochs", "2").returncode == 0
-    assert [path.name for path in dreams.iterdir()] == ["dream_sample.png"]
-    assert (dreams / "dream_sample.png").read_bytes() == (first / "dream_sample.png").read_bytes()
-    assert run_small(folder, "--epochs", "2", "--gallery").returncode == 0
-    assert all((dreams / name).read_bytes() == (first / name).read_bytes() for name in NAMES)
-    assert run_small(folder, "--epochs", "2", "--gallery", "--seed", "1").returncode == 0
-    assert all((dreams / name).read_bytes() != (first / name).read_bytes() for name in NAMES)
+    shutil.copy(SCRIPT, folder)  # alone, without its repository, it has no page but all else
+    jobs = {"plain": [], "again": ["--gallery"], "other": ["--gallery", "--seed", "1"]}
+    for output, job in jobs.items():
+        run_small(folder, "--epochs", "2", "--output", output, *job, script=folder / SCRIPT.name)
+    folders = [gallery[0], *(folder / output for output in jobs)]
+    first, plain, again, other = ({path.name: path.read_bytes() for path in saved.iterdir()} for saved in folders)
+    del first["plane.html"]
+    assert plain == {"dream_sample.png": first["dream_sample.png"]} and again == first
+    assert other.keys() == first.keys() and all(other[name] != first[name] for name in first)
 
 
-def test_canvas_and_atlas_show_cell_by_cell_what_a_point_decodes_to_and_who_lives_there(model, held_out, tmp_path):
-    quest.save_gallery(tmp_path, model, *held_out, [torch.rand(64, 1, 28, 28)])
-    pixels = levels(tmp_path / "dream_canvas.png")
-    normal = torch.distributions.Normal(0, 1)
-    for row, column in ((0, 0), (0, 19), (7, 12), (19, 0)):
-        z1 = normal.icdf(torch.tensor((column + 0.5) / 20))
-        z2 = normal.icdf(torch.tensor((19 - row + 0.5) / 20))  # upwards
-        cell = pixels[2 + 30 * row : 30 + 30 * row, 2 + 30 * column : 30 + 30 * column]
-        expected = model.decode(torch.stack((z1, z2))[None]).view(28, 28) * 255
-        assert (cell - expected).abs().max() <= 0.51
-    assert len(torch.unique(quest.latent_grid(), dim=0)) == 400
-
-    atlas = levels(tmp_path / "dream_atlas.png", "RGB")[2:].unfold(0, 28, 30)[:, 2:].unfold(1, 28, 30).flatten(0, 1)
-    expected = quest.latent_atlas(model.encode(held_out[0])[0], *held_out)
-    assert expected.any() and (atlas - 255 * expected).abs().max() <= 0.51
+def test_the_model_is_kept_for_pytorch_and_for_the_page_and_is_the_one_that_drew_the_pictures(gallery, model, tmp_path):
+    folder, _ = gallery
+    kept = torch.load(folder / "dream_model.pt")
+    model.load_state_dict(kept)
+    z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    quest.save_image(quest.dream(model, z), tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (folder / "dream_sample.png").read_bytes()
+    script = json.loads(re.fullmatch(r"const dreamModel = (\{.*\});\n", (folder / "dream_model.js").read_text())[1])
+    assert script.pop("BETA") == 1 and set(script) == set(kept)
+    for name, text in script.items():
+        values = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
+        assert torch.equal(values, kept[name].flatten())
 
 
-def test_each_cell_of_the_atlas_shows_the_first_digit_whose_mu_lies_in_it_in_the_colour_of_its_class():
-    torch.manual_seed(0)
+def test_canvas_and_atlas_show_cell_by_cell_what_a_point_decodes_to_and_who_lives_there(model, monkeypatch, tmp_path):
+    """In the atlas, that is the first digit whose mu lies in the cell, in the colour of its class."""
     mu, x, targets = 1.5 * torch.randn(300, 2), torch.rand(300, 784), torch.randint(10, (300,))
-    mu[0], mu[1] = torch.tensor([9.0, -9.0]), torch.tensor([9.0, 9.0])  # beyond the last cell's centre
-    atlas = quest.latent_atlas(mu, x, targets)
-    assert atlas.shape == (400, 3, 28, 28)
-    edges = torch.distributions.Normal(0, 1).icdf(torch.linspace(0, 1, 21))  # from minus to plus infinity
-    for index, (row, column) in enumerate(itertools.product(range(20), range(20))):
-        inside = (edges[column] <= mu[:, 0]) & (mu[:, 0] < edges[column + 1])
-        inside &= (edges[19 - row] <= mu[:, 1]) & (mu[:, 1] < edges[20 - row])
-        if inside.any():
-            first = inside.nonzero()[0, 0]
-            colour = torch.tensor(quest.COLOURS[targets[first]]).view(3, 1, 1) / 255
-            assert torch.equal(atlas[index], x[first].view(1, 28, 28) * colour)
-        else:
-            assert not atlas[index].any()
-    assert atlas[399].any() and atlas[19].any()  # z1 to the right, z2 upwards: the lower and the upper right corner
+    mu[:2] = torch.tensor([[9.0, -9.0], [9.0, 9.0]])  # beyond the last cell's centre, in the corners on the right
+    monkeypatch.setattr(model, "encode", lambda x: (mu[: len(x)], None))
+    quest.save_gallery(tmp_path, model, x, targets, [torch.rand(64, 1, 28, 28)])
 
-
-def test_the_colours_of_the_classes_stay_apart_on_black_also_for_colour_blind_eyes():
-    """Machado et al. 2009 for eyes without red, green or blue cones; distance and lightness in Oklab, Ottosson 2020."""
-    linear = (torch.tensor(quest.COLOURS) / 255) ** 2.2
-    views = {
-        "all cones": torch.eye(3),
-        "protan": torch.tensor([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
-        "deutan": torch.tensor([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
-        "tritan": torch.tensor([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]),
-    }
-    to_lms = torch.tensor([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
-    to_lab = torch.tensor([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
-    for eyes, view in views.items():
-        lab = ((linear @ view.T).clamp(0, 1) @ to_lms.T) ** (1 / 3) @ to_lab.T
-        assert torch.pdist(lab).min() > 0.09, eyes
-        assert lab[:, 0].min() > 0.5, eyes  # bright against black, whose lightness is 0
+    shares, canvas, atlas = torch.linspace(0, 1, 41), [], []
+    edges, middles = Normal(0, 1).icdf(shares[::2]), Normal(0, 1).icdf(shares[1::2])  # from minus to plus infinity
+    palette = torch.tensor([list(bytes.fromhex(colour)) for colour in quest.COLOURS]) / 255
+    for z2, z1 in itertools.product(range(19, -1, -1), range(20)):  # z2 falls row by row, z1 grows to the right
+        canvas.append(model.decode(middles[[z1, z2]]).view(1, 28, 28))
+        inside = (edges[[z1, z2]] <= mu) & (mu < edges[[z1 + 1, z2 + 1]])
+        first = inside.all(dim=1).nonzero().flatten()[:1]
+        atlas.append((palette[targets[first]].view(-1, 3, 1, 1) * x[first].view(-1, 1, 28, 28)).sum(dim=0))
+    assert torch.equal(quest.latent_atlas(mu, x, targets), torch.stack(atlas)) and atlas[399].any() and atlas[19].any()
+    for name, images in {"canvas": canvas, "atlas": atlas}.items():
+        pixels = levels(tmp_path / f"dream_{name}.png", "RGB").movedim(2, 0)
+        assert (pixels - 255 * quest.make_grid(images, nrow=20)).abs().max() <= 0.51
 
 
 def test_the_mirror_shows_the_first_four_digits_of_each_class_above_their_reconstructions(model, held_out):
@@ -113,22 +80,17 @@ def test_the_mirror_shows_the_first_four_digits_of_each_class_above_their_recons
     pairs = quest.reconstructions(model, x, targets)
     assert pairs.shape == (40, 1, 56, 28)
     shown, mirrored = pairs.view(40, 2, 784).unbind(dim=1)
-    for label, nth in itertools.product(range(10), range(4)):
-        expected = x[[i for i, target in enumerate(targets[:200].tolist()) if target == label][nth]]
-        assert torch.equal(shown[10 * nth + label], expected)
-        torch.testing.assert_close(mirrored[10 * nth + label], model.decode(model.encode(expected[None])[0])[0])
+    of_class = [[index for index in range(200) if targets[index] == label] for label in range(10)]
+    expected = x[[of_class[label][nth] for nth in range(4) for label in range(10)]]
+    assert torch.equal(shown, expected)
+    torch.testing.assert_close(mirrored, model.decode(model.encode(expected)[0]))
 
 
 def test_the_growth_shows_the_sample_s_dreams_before_training_and_after_each_epoch(gallery, model):
-    folder, _ = gallery
-    frames, milliseconds = [], []
-    with Image.open(folder / "dreams" / "dream_growth.gif") as animation:
-        for index in range(animation.n_frames):
-            animation.seek(index)
-            milliseconds.append(animation.info["duration"])
-            frames.append(torch.tensor(list(animation.convert("L").tobytes())).view(242, 242))
-    assert milliseconds == [500, 500, 3000]
-    sample = levels(folder / "dreams" / "dream_sample.png")
+    growth = gallery[0] / "dream_growth.gif"
+    with Image.open(growth) as animation:
+        assert [frame.info["duration"] for frame in ImageSequence.Iterator(animation)] == [500, 500, 3000]
+    frames, sample = [levels(growth, frame=n) for n in range(3)], levels(gallery[0] / "dream_sample.png")
     distances = [(frame - sample).abs().float().mean() for frame in frames]
     z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))  # the same points on every device
     assert (frames[0] - 255 * quest.make_grid(quest.dream(model, z))[0]).abs().max() <= 1

@@ -2,78 +2,56 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from harness import GPUS, NO_NETWORK, RAW, ROOT, SCRIPT, only_message, run, run_small
-from PIL import Image
+from harness import ROOT, SCRIPT, SMALL, levels, run_small
 
 import quest_12_1 as quest
 
-
-@pytest.fixture(scope="module")
-def main_job(tmp_path_factory, unpacked):
-    """The user's main job without a GPU, whole: 10 epochs on real MNIST. 20 s, for the figure the README promises."""
-    folder = tmp_path_factory.mktemp("main_job")
-    shutil.copytree(unpacked / "data", folder / "data")
-    return folder, run(folder, "--device", "cpu")
+README = (ROOT / "README.md").read_text()
+N = r"(\d+\.\d\d)"
+END = rf"Trained in \d+\.\d s on cpu\. Held-out loss: {N} nats per image, BCE {N} \+ 1 x KLD {N}\. The dream is ready: "
 
 
 def test_the_main_job_shows_a_bar_an_epoch_learns_mnist_and_ends_with_the_message_that_names_the_dream(main_job):
     folder, result = main_job
     assert result.returncode == 0 and (folder / "dreams" / "dream_sample.png").is_file(), result.stderr
-    said = re.fullmatch(
-        r"The dream is ready: dreams/dream_sample\.png \(trained in \d+\.\d s on .+, "
-        r"held-out loss (\d+\.\d\d) nats per image: BCE (\d+\.\d\d) \+ KLD (\d+\.\d\d)\)\.\n",
-        result.stdout,
-    )
+    said = re.fullmatch(END + r"dreams/.*, dreams/dream_sample\.png, dreams/plane\.html\n", result.stdout)
     total, bce, kld = (float(number) for number in said.groups())
     assert 140 < total <= 156.5 and total == pytest.approx(bce + kld, abs=0.02) and kld > 2
-    bars = result.stderr.replace("\r", "\n")
-    ends = re.findall(r"Epoch (\d+)/10: 100%.*469/469.*loss (\d+\.\d\d) nats per image", bars)
-    by_epoch = {int(epoch): float(loss) for epoch, loss in ends}
-    assert sorted(by_epoch) == list(range(1, 11)) and by_epoch[10] < by_epoch[5] < by_epoch[1]
+    ends = r"Epoch (\d+)/10, loss (\d+\.\d\d), held-out (\d+\.\d\d) nats per image: 100%.*469/469"
+    bars = re.findall(ends, result.stderr.replace("\r", "\n"))
+    by_epoch = {int(epoch): (float(loss), float(held_out)) for epoch, loss, held_out in bars}
+    assert sorted(by_epoch) == list(range(1, 11)) and by_epoch[10][1] == total
+    assert all(by_epoch[10][k] < by_epoch[5][k] < by_epoch[1][k] for k in (0, 1))
 
 
-def test_the_dream_is_an_8x8_grid_of_digits_and_no_noise(main_job, digits):
-    folder, _ = main_job
-    with Image.open(folder / "dreams" / "dream_sample.png") as picture:
-        assert picture.size == (242, 242) and picture.format == "PNG"
-        pixels = torch.tensor(list(picture.convert("L").tobytes())).view(242, 242) / 255
+def test_the_dream_is_an_8x8_grid_of_digits_and_no_noise(main_job, held_out):
+    pixels = levels(main_job[0] / "dreams" / "dream_sample.png") / 255
     cells = pixels[2:].unfold(0, 28, 30)[:, 2:].unfold(1, 28, 30).reshape(64, 784)
-    distances = torch.cdist(cells, digits[:5000])  # each dream resembles some real digit; noise resembles none
-    noise = torch.cdist(torch.rand(64, 784), digits[:5000]).min(dim=1).values
-    assert distances.min(dim=1).values.max() < 8 < 12 < noise.min()
+    nearest = torch.cdist(torch.cat((cells, torch.rand(64, 784))), held_out[0][:5000]).min(dim=1).values
+    assert pixels.shape == (242, 242) and nearest[:64].max() < 8 < 12 < nearest[64:].min()  # noise resembles no digit
     assert (cells.max(dim=1).values > 0.5).all() and (cells.mean(dim=1) < 0.3).all()
     assert torch.pdist(cells).median() > 4  # 64 different dreams, not one
 
 
-@pytest.mark.skipif(GPUS > 0, reason="a CUDA device is here")
-def test_without_a_gpu_it_says_so_at_once_and_touches_nothing(tmp_path):
-    result = run(tmp_path)
-    assert result.returncode == 1
-    message = only_message(result)
-    assert "a CUDA GPU is required" in message and "python quest_12_1.py --device cpu" in message
-    with pytest.raises((RuntimeError, AssertionError), match=message.split(": ")[2].split(".")[0]):
-        torch.zeros(1, device="cuda")
-    assert list(tmp_path.iterdir()) == []
+WRONG = {
+    "--epochs 0": "--epochs must be at least 1",
+    "--epochs ten": "invalid int value: 'ten'",
+    "--seed -1": "--seed must be from 0 to",
+    f"--seed {2**64}": "--seed must be from 0 to",
+    "--epo 3": "unrecognized arguments: --epo 3",
+    "--gallery": "it needs LATENT_DIM = 2",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ("--epochs 0", "--epochs must be at least 1"),
-        ("--epochs ten", "invalid int value: 'ten'"),
-        ("--seed -1", "--seed must be from 0 to"),
-        (f"--seed {2**64}", "--seed must be from 0 to"),
-        ("--epo 3", "unrecognized arguments: --epo 3"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "reason"), WRONG.items())
 def test_a_wrong_command_line_exits_with_2_usage_and_reason(tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quest, "LATENT_DIM", 3)
     with pytest.raises(SystemExit, match="2"):
         quest.main(arguments.split())
     out, err = capsys.readouterr()
@@ -85,91 +63,87 @@ def test_json_puts_one_line_on_standard_output_with_the_documented_keys(folder):
     result = run_small(folder, "--json", "--epochs", "2", "--seed", "3")
     assert result.returncode == 0 and result.stdout.count("\n") == 1 and result.stdout.endswith("\n")
     answer = json.loads(result.stdout)
-    assert set(answer) == set(
-        "success files message device device_name epochs seed training_seconds train_losses held_out_loss".split()
-    )
+    keys = re.search(r"With `--json`.*?(?=\n\n)", README, re.DOTALL)[0]
+    assert set(answer) | {"total", "bce", "kld"} == set(re.findall(r"`(\w+)`", keys))
     assert answer["success"] is True and answer["files"] == ["dreams/dream_sample.png"]
-    assert (answer["device"], answer["epochs"], answer["seed"]) == ("cpu", 2, 3)
-    assert 0 < answer["training_seconds"] < 60
-    loss, first, second = answer["held_out_loss"], *answer["train_losses"]
-    assert loss["total"] == pytest.approx(loss["bce"] + loss["kld"]) and 150 < loss["total"] < second < first
-    assert f"held-out loss {loss['total']:.2f} nats per image" in answer["message"]
-    assert f"loss {first:.2f} nats" in result.stderr and f"loss {second:.2f} nats" in result.stderr
+    assert (answer["device"], answer["epochs"], answer["seed"], answer["output"]) == ("cpu", 2, 3, "dreams")
+    assert 0 < answer["training_seconds"] < 60 and re.fullmatch(END + r"dreams/dream_sample\.png", answer["message"])
+    loss, (first, second), held_out = answer["held_out_loss"], answer["train_losses"], answer["held_out_losses"]
+    assert loss["total"] == pytest.approx(loss["bce"] + loss["kld"]) and loss["total"] == held_out[1]
+    assert 150 < held_out[1] < second < first and held_out[1] < held_out[0]
+    for epoch, pair in ((1, (first, held_out[0])), (2, (second, held_out[1]))):
+        assert "Epoch {}/2, loss {:.2f}, held-out {:.2f} nats per image".format(epoch, *pair) in result.stderr
 
 
-# Students change the recipe ------------------------------------------------------------------------------------------
+def test_help_needs_no_docstrings(monkeypatch, capsys):
+    script = compile(SCRIPT.read_text(), str(SCRIPT), "exec", optimize=2)  # as python -OO, which removes docstrings
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        exec(script, {"__name__": "__main__", "__doc__": None})
+    out, err = capsys.readouterr()
+    options = re.findall(r"^\| `(--\w+)", README, re.MULTILINE)
+    assert err == "" and len(options) == 6 and all(option in out for option in options)
+
+
 def edited(folder, name, value):
     """A copy of the script with another value for one constant of its recipe."""
     text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", SCRIPT.read_text(), flags=re.MULTILINE)
     assert count == 1
-    (folder / "quest_12_1.py").write_text(text)
-    return folder / "quest_12_1.py"
+    (folder / SCRIPT.name).write_text(text)
+    return folder / SCRIPT.name
 
 
-@pytest.fixture(scope="module")
-def usual_losses(unpacked):
-    return json.loads(run_small(unpacked, "--json").stdout)["train_losses"]
+RECIPE = {"EPOCHS": 2, "BATCH_SIZE": 300, "HIDDEN": 30, "LEARNING_RATE": 0.01, "LATENT_DIM": 10, "BETA": 30}
+SHOWN = {"BATCH_SIZE": "7/7", "BETA": "+ 30 x KLD"}  # 7 batches of the 2,000 digits that these runs train on
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "shown"),
-    [
-        ("EPOCHS", 2, "Epoch 2/2: 100%"),
-        ("BATCH_SIZE", 300, "7/7"),  # batches of the 2,000 digits that these runs train on
-        ("HIDDEN", 30, "Epoch 10/10: 100%"),
-        ("LEARNING_RATE", 0.01, "Epoch 10/10: 100%"),
-        ("LATENT_DIM", 10, "Epoch 10/10: 100%"),
-    ],
-)
-def test_another_value_in_the_recipe_is_what_the_job_trains_with(folder, usual_losses, monkeypatch, name, value, shown):
-    result = run_small(folder, "--json", script=edited(folder, name, value))
-    assert result.returncode == 0 and shown in result.stderr, result.stderr
-    losses = json.loads(result.stdout)["train_losses"]
-    assert losses == usual_losses[:2] if name == "EPOCHS" else losses[0] != usual_losses[0]
+@pytest.mark.parametrize(("name", "value"), RECIPE.items())
+def test_another_value_in_the_recipe_is_what_the_job_trains_with(folder, gallery, monkeypatch, name, value):
+    epochs = [] if name == "EPOCHS" else ["--epochs", "2"]
+    result = run_small(folder, "--json", *epochs, script=edited(folder, name, value))
+    assert result.returncode == 0 and SHOWN.get(name, "Epoch 2/2, loss") in result.stderr + result.stdout, result.stderr
+    losses, usual_losses = json.loads(result.stdout)["train_losses"], gallery[1]["train_losses"]
+    assert losses == usual_losses if name == "EPOCHS" else losses[0] != usual_losses[0]
     monkeypatch.setattr(quest, name, value)
     model = quest.VAE()
     assert model.fc1.weight.shape == model.fc4.weight.T.shape == (quest.HIDDEN, 784)
     assert model.fc21.weight.shape == model.fc22.weight.shape == (quest.LATENT_DIM, quest.HIDDEN)
 
 
-def test_the_gallery_of_another_latent_space_than_a_plane_is_refused_before_training(tmp_path):
-    result = run_small(tmp_path, "--gallery", script=edited(tmp_path, "LATENT_DIM", 3))
-    assert result.returncode == 2 and "it needs LATENT_DIM = 2" in result.stderr
-    assert not (tmp_path / "dreams").exists()
+def test_another_data_set_of_the_same_format_needs_one_changed_line(tmp_path):
+    """Fashion-MNIST itself is not in the repository: MNIST's files stand in for its own, which have the same names."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "FashionMNIST").symlink_to(ROOT / "data" / "MNIST")
+    result = run_small(
+        tmp_path, "--gallery", "--epochs", "1", script=edited(tmp_path, "DATASET", "datasets.FashionMNIST")
+    )
+    assert result.returncode == 0 and not (tmp_path / "data" / "MNIST").exists(), result.stderr
 
 
-def test_another_data_set_of_the_same_format_needs_one_changed_line(folder):
-    """Fashion-MNIST itself is not in the repository: MNIST's archives stand in for its own."""
-    (folder / RAW).parent.rename(folder / "data" / "FashionMNIST")
-    stand_in = "torchvision.datasets.FashionMNIST.resources = torchvision.datasets.MNIST.resources"
-    script = edited(folder, "DATASET", "datasets.FashionMNIST")
-    result = run_small(folder, "--gallery", "--epochs", "1", script=script, prelude=stand_in, **NO_NETWORK)
-    assert result.returncode == 0, result.stderr
-    assert not (folder / RAW).exists()
+def test_the_readme_s_python_runs_as_printed(main_job, monkeypatch):
+    monkeypatch.chdir(main_job[0])  # after the gallery of the README's own command
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(snippet, {})
+    images = levels("walk.png")[2:30, 2:].unfold(1, 28, 30).movedim(1, 0).flatten(1) / 255
+    assert len(images) == 10 and (images[0] - images[9]).norm() > 5 > (images[1:] - images[:-1]).norm(dim=1).max()
 
 
-# What callers rely on ------------------------------------------------------------------------------------------------
-def test_the_readme_s_python_runs_as_printed(unpacked, tmp_path):
-    """One epoch on all digits, since a reader types it so: 10 s."""
-    (tmp_path / "data").symlink_to(unpacked / "data")
-    shutil.copy(SCRIPT, tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, capture_output=True)
-    with Image.open(tmp_path / "digit.png") as picture:
-        assert picture.size == (28, 28)
-    quest.VAE().load_state_dict(torch.load(tmp_path / "vae.pt"))
-
-
-def test_importing_the_module_has_no_effect(tmp_path):
-    program = f"""
-import signal, socket, sys, torch, torchvision
-sys.path.insert(0, {str(ROOT)!r})
+STATE = """
+import os, signal, socket
 def state():
-    return torch.get_rng_state().tolist(), signal.getsignal(signal.SIGINT), socket.getdefaulttimeout(), sys.stdout
+    denormal = torch.full((1,), 1e-40) * torch.ones(1)
+    return torch.get_rng_state().tolist(), signal.getsignal(signal.SIGINT), socket.getdefaulttimeout(), denormal.item()
 before = state()
-import quest_12_1
-assert state() == before and not torch.cuda.is_initialized() and torch.tensor(1e-40) * 1 > 0  # denormals are kept
+import quest_12_1 as quest
+assert state() == before and before[3] > 0 and not torch.cuda.is_initialized() and os.listdir() == ["data"]
+job = ["--device", "cpu", "--epochs", "1"]
+quest.learn_and_dream(quest.parse_arguments(job))
+assert state()[1:] == before[1:]
+quest.main(job)
+assert state()[1:3] == before[1:3] and state()[3] == 0
 """
-    command = [sys.executable, "-c", program, "--epochs", "nonsense"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_the_process_s_state_an_import_sets_none_the_job_the_seed_and_main_flushes_denormals(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    subprocess.run([sys.executable, "-c", SMALL + STATE, "--epochs", "nonsense"], cwd=folder, check=True)

@@ -2,103 +2,60 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from harness import Operations, adam_of, loader_of, operations_of_a_step
+from harness import NO_BAR, ROOT, adam_of, operations_of_a_step
 from plain import PlainVAE, plain_step
 from torch import optim
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torchvision import transforms
 
 import quest_12_1 as quest
 
 
-# Model ---------------------------------------------------------------------------------------------------------------
-def test_the_model_has_the_recipe_s_layers_and_631188_parameters(model):
-    layers = {"fc1": (400, 784), "fc21": (2, 400), "fc22": (2, 400), "fc3": (400, 2), "fc4": (784, 400)}
-    expected = {f"{name}.weight": shape for name, shape in layers.items()}
-    expected |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
-    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == expected
-    assert sum(parameter.numel() for parameter in model.parameters()) == 631_188
-
-
 @pytest.mark.parametrize("n", [1, 5])
 def test_forward_takes_flat_or_square_digits_and_returns_reconstruction_mu_and_logvar(model, n):
-    x, both = torch.rand(n, 1, 28, 28), []
-    for shape in ((n, 784), (n, 1, 28, 28)):
-        torch.manual_seed(1)
-        both.append(model(x.view(shape)))
-        assert [tuple(part.shape) for part in both[-1]] == [(n, 784), (n, 2), (n, 2)]
-    assert all(torch.equal(flat, square) for flat, square in zip(*both, strict=True))
+    x, eps = torch.rand(n, 1, 28, 28), torch.randn(n, 2)
+    in_another_order = x.transpose(2, 3).contiguous().transpose(2, 3)  # the same digits, otherwise laid out in memory
+    flat, *others = (model(digits, eps) for digits in (x.view(n, 784), x, in_another_order))
+    assert [tuple(part.shape) for part in flat] == [(n, 784), (n, 2), (n, 2)]
+    assert all(torch.equal(*pair) for other in others for pair in zip(flat, other))
+    far_out = model.decode(torch.tensor([[1e4, -1e4], [-3.0, 40.0]]))
+    assert far_out.min() >= 0 and far_out.max() <= 1
 
 
-def test_encode_and_decode_are_what_their_layers_compute_and_pixels_stay_in_0_to_1_far_out_in_the_plane(model):
-    def layer(name, x):
-        return x @ getattr(model, name).weight.T + getattr(model, name).bias
-
-    x, z = torch.rand(4, 784), torch.tensor([[0.0, 0.0], [1e4, -1e4], [-3.0, 40.0]])
-    hidden = layer("fc1", x).clamp(min=0)
-    for part, name in zip(model.encode(x), ("fc21", "fc22"), strict=True):
-        torch.testing.assert_close(part, layer(name, hidden))
-    images = model.decode(z)
-    assert images.shape == (3, 784) and images.min() >= 0 and images.max() <= 1
-    torch.testing.assert_close(images, 1 / (1 + torch.exp(-layer("fc4", layer("fc3", z).clamp(min=0)))))
-
-
-def test_reparameterize_is_exact_at_fixed_noise_and_passes_gradients_to_mu_and_logvar(model):
-    mu, logvar = torch.randn(6, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)
-    torch.manual_seed(3)
-    z = model.reparameterize(mu, logvar)
-    torch.manual_seed(3)
-    eps = torch.randn(6, 2)
-    torch.testing.assert_close(z, mu + torch.exp(logvar / 2) * eps, rtol=0, atol=0)
-    z.sum().backward()
-    torch.testing.assert_close(mu.grad, torch.ones(6, 2))
-    torch.testing.assert_close(logvar.grad, (eps * torch.exp(logvar / 2) / 2).detach())
+@pytest.mark.parametrize("beta", [0, 1, 30])
+def test_the_loss_is_bce_and_beta_times_kld_in_value_and_gradient_as_torch_distributions_computes(monkeypatch, beta):
+    monkeypatch.setattr(quest, "BETA", beta)
+    of = {"dtype": torch.float64, "requires_grad": True}
+    inputs = logits, mu, logvar = torch.randn(50, 784, **of), torch.randn(50, 2, **of), torch.randn(50, 2, **of)
+    x = torch.rand(50, 784, dtype=torch.float64)
+    x[:25] = x[:25].round()  # black and white, where the others are grey
+    recon_x = torch.sigmoid(3 * logits)
+    loss, *parts = quest.loss_terms(recon_x, x, 3 * mu, logvar)
+    bce = -Bernoulli(logits=3 * logits, validate_args=False).log_prob(x).sum()
+    kld = kl_divergence(Normal(3 * mu, torch.exp(logvar / 2)), Normal(torch.zeros(2), torch.ones(2))).sum()
+    torch.testing.assert_close([loss, *parts], [bce + beta * kld, bce, kld])
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(bce + beta * kld, inputs))
+    assert torch.equal(quest.loss_function(recon_x, x.view(-1, 1, 28, 28), 3 * mu, logvar), loss)
+    assert quest.loss_terms(recon_x, x, torch.zeros(50, 2), torch.zeros(50, 2))[2] == 0
 
 
-# Loss ----------------------------------------------------------------------------------------------------------------
-def test_both_parts_are_what_torch_distributions_computes():
-    mu, logvar = 3 * torch.randn(50, 2, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
-    q, p = Normal(mu, torch.exp(logvar / 2)), Normal(torch.zeros(2), torch.ones(2))
-    torch.testing.assert_close(quest.kl_divergence(mu, logvar), kl_divergence(q, p).sum())
-    assert quest.kl_divergence(torch.zeros(7, 2), torch.zeros(7, 2)) == 0
-    recon_x = torch.rand(20, 784, dtype=torch.float64) * 0.98 + 0.01
-    x = torch.bernoulli(torch.rand(20, 784, dtype=torch.float64))
-    torch.testing.assert_close(quest.reconstruction_error(recon_x, x), -Bernoulli(recon_x).log_prob(x).sum())
-
-
-def test_the_loss_is_the_sum_of_both_in_value_and_gradient():
-    logits, x = 3 * torch.randn(128, 784), torch.rand(128, 784)
-    mu, logvar = torch.randn(128, 2), torch.randn(128, 2)
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    loss = quest.loss_function(torch.sigmoid(ours), x, mu, logvar)
-    expected = F.binary_cross_entropy_with_logits(theirs, x, reduction="sum") + quest.kl_divergence(mu, logvar)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert torch.equal(loss, quest.loss_function(torch.sigmoid(ours), x.view(-1, 1, 28, 28), mu, logvar))
-    (3 * loss).backward()
-    (3 * expected).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-
-    parts = [torch.rand(3, width, dtype=torch.float64) * 0.9 + 0.05 for width in (784, 784, 2, 2)]
-    for part in (0, 2, 3):
-        parts[part].requires_grad_()
-    assert torch.autograd.gradcheck(quest.loss_function, parts, fast_mode=True)
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-def test_the_digits_are_what_the_dataset_gives_image_by_image(mnist, digits):
-    assert digits.shape == (60_000, 784) and digits.dtype == torch.float32
-    for index in (0, 1, 31_415, 59_999):
-        assert torch.equal(digits[index], mnist[0][index][0].view(784))
-    assert digits.min() == 0 and digits.max() == 1
+def test_the_digits_are_what_the_dataset_gives_image_by_image_also_with_another_transform_than_totensor():
+    turn, to_tensor = transforms.RandomRotation(10), transforms.ToTensor()
+    for transform in (to_tensor, transforms.Compose([turn, to_tensor]), transforms.Compose([to_tensor, turn])):
+        dataset = quest.DATASET(ROOT / "data", train=False, transform=transform)
+        dataset.data, dataset.targets = dataset.data[:50], dataset.targets[:50]
+        torch.manual_seed(2)
+        x = quest.images_on("cpu", dataset)
+        torch.manual_seed(2)
+        assert torch.equal(x, torch.stack([dataset[index][0].view(784) for index in range(50)]))
 
 
 def test_an_epoch_visits_every_digit_once_in_469_batches_in_a_new_order_that_the_seed_decides():
     indices = torch.arange(60_000)
-    loader = loader_of(indices)
+    loader = quest.ShuffledBatches(indices, quest.BATCH_SIZE)
     torch.manual_seed(4)
     batches, second = list(loader), torch.cat(list(loader))
-    assert len(batches) == len(loader) == 469
-    assert {len(batch) for batch in batches[:-1]} == {128} and len(batches[-1]) == 96
+    assert [len(batch) for batch in batches] == 468 * [128] + [96] and len(loader) == 469
     first = torch.cat(batches)
     assert torch.equal(first.sort().values, indices)
     assert (first == second).float().mean() < 0.01 and (first == indices).float().mean() < 0.01
@@ -106,53 +63,39 @@ def test_an_epoch_visits_every_digit_once_in_469_batches_in_a_new_order_that_the
     assert torch.equal(first, torch.cat(list(loader)))
 
 
-def test_training_takes_the_textbook_s_steps_and_returns_and_shows_the_average_loss_of_each_epoch(digits, capsys):
-    ours, reference, x, seen = quest.VAE(), PlainVAE(), digits[:1000], []
-    reference.load_state_dict(ours.state_dict())
-    adam, before = optim.Adam(reference.parameters(), lr=1e-3), ours.fc1.weight.detach().clone()
+def test_training_takes_the_textbook_s_steps_and_returns_the_average_loss_also_if_it_is_evaluated(model, held_out):
+    reference, x, eps = PlainVAE(), held_out[0][:1000], torch.randn(1000, 2)
+    reference.load_state_dict(model.state_dict())
+    ours, theirs = adam_of(model), optim.Adam(reference.parameters(), lr=1e-3)
+    batches, before = quest.ShuffledBatches(x, 128), model.fc1.weight.detach().clone()
     torch.manual_seed(1)
-    losses = quest.train(ours, x, 4, after_epoch=lambda: seen.append(ours.fc1.bias.sum().item()))
+    losses = [(quest.train_epoch(model, ours, batches, NO_BAR), quest.evaluate(model, x, eps))[0] for _ in range(4)]
     torch.manual_seed(1)
-    expected = [sum(plain_step(reference, adam, batch) for batch in loader_of(x)) / 1000 for _ in range(4)]
+    expected = [sum(plain_step(reference, theirs, batch) for batch in batches) / 1000 for _ in range(4)]
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name), parameter, atol=2e-4, rtol=1e-3)
-    assert (ours.fc1.weight - before).abs().max() > 0.01  # 32 steps of Adam went somewhere
-    assert len(set(seen)) == 4 and seen[-1] == ours.fc1.bias.sum().item()  # after each epoch, not before
-    bars = capsys.readouterr().err
-    for epoch, loss in enumerate(losses, start=1):
-        assert f"Epoch {epoch}/4: 100%" in bars and f"loss {loss:.2f} nats per image" in bars
+        torch.testing.assert_close(model.get_parameter(name), parameter, atol=2e-4, rtol=1e-3)
+    assert (model.fc1.weight - before).abs().max() > 0.01  # 32 steps of Adam went somewhere
 
 
-def test_the_held_out_loss_is_the_average_of_both_parts_and_of_their_sum(model, digits):
-    x = digits[:500]
-    torch.manual_seed(3)
-    loss = quest.evaluate(model, x)
-    torch.manual_seed(3)
-    recon_x, mu, logvar = model(x)
-    bce, kld = quest.reconstruction_error(recon_x, x), quest.kl_divergence(mu, logvar)
-    parts = {"total": bce + kld, "bce": bce, "kld": kld}
-    assert loss == pytest.approx({name: part.item() / 500 for name, part in parts.items()}, rel=1e-5)
+def test_the_average_loss_of_a_bfloat16_model_is_summed_in_float32(model, monkeypatch):
+    monkeypatch.setattr(quest, "loss_function", lambda recon_x, *_: 0 * recon_x.sum() + 1)
+    model.bfloat16()  # it has 8 bits of precision: a sum would stop at 256
+    assert quest.train_epoch(model, adam_of(model), 469 * [torch.rand(1, 784).bfloat16()], NO_BAR) == 1
 
 
-def test_a_whole_epoch_reads_the_device_once(model, digits):
-    """Counted on the CPU: values that Python reads, and copies to the CPU. On a GPU each waits for all before it."""
-    x, optimizer = digits[:2000], adam_of(model)
-
-    def reads(loader):
-        with Operations() as operations:
-            quest.train_epoch(model, optimizer, loader, "Epoch")
-        values = [tensors[0] for name, tensors in operations.calls if name == "_local_scalar_dense"]
-        copies = [name for name, _ in operations.calls if name == "_to_copy"]
-        return sum(value.is_floating_point() for value in values) + len(copies)  # the loader's own seed is an integer
-
-    class Peeking(list):  # a loader with which the check fails
-        def __iter__(self):
-            return (batch + 0 * batch.sum().item() for batch in loader_of(x))
-
-    assert reads(loader_of(x)) == 1 and reads(Peeking()) == 1 + 16
+def test_the_held_out_loss_is_the_average_of_the_loss_and_its_parts_and_leaves_training_s_noise_alone(model, held_out):
+    x, eps, noise = held_out[0][:500], torch.randn(500, 2), torch.get_rng_state()
+    loss, bce, kld = quest.evaluate(model, x, eps)
+    assert torch.equal(torch.get_rng_state(), noise)
+    mu, logvar = model.encode(x)
+    expected = quest.loss_terms(model.decode(mu + torch.exp(logvar / 2) * eps), x, mu, logvar)
+    assert (loss, bce, kld) == pytest.approx([term.item() / 500 for term in expected], rel=1e-5)
+    assert 480 < bce < 600  # of an untrained model: about 784 ln 2 = 543
 
 
-def test_a_training_step_computes_58_operations():
+def test_a_training_step_computes_58_operations(monkeypatch):
     """On a GPU the number of operations, not their arithmetic, is the time of a step."""
-    assert len(operations_of_a_step("cpu")) <= 58
+    assert operations_of_a_step("cpu") <= 58
+    monkeypatch.setattr(quest, "BETA", 30)
+    assert operations_of_a_step("cpu") <= 59  # the gradient of KLD is multiplied as well
