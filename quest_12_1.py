@@ -8,7 +8,7 @@ The encoder maps each MNIST digit to a Gaussian over a plane, the decoder points
 Training maximises the evidence lower bound (ELBO) of the paper, Kingma & Welling, "Auto-Encoding
 Variational Bayes", 2013, arXiv:1312.6114. Then standard normal points decode to new digits.
 
-Ten epochs take 24 to 28 s on two cores of an AMD EPYC; no GPU has run this yet. They reach 154.3
+Ten epochs take 30 to 45 s on two cores of an AMD EPYC; no GPU has run this yet. They reach 154.3
 nats per image (1 nat = 1.44 bits) on the 10,000 held-out digits: the mean of seeds 0 to 4.
 """
 
@@ -68,7 +68,7 @@ def images_on(device, dataset):
     the N images as the channels of one picture it runs once and takes 6 s less than image by image.
     """
     if isinstance(dataset.transform, transforms.ToTensor):
-        images = dataset.transform(dataset.data.permute(1, 2, 0).numpy())
+        images = dataset.transform(dataset.data.permute(1, 2, 0).numpy())  # (N, SIDE, SIDE) again
     else:  # a transform that may not treat all images alike
         images = torch.stack([image for image, _ in dataset])
     return images.flatten(1).to(device)
@@ -115,8 +115,8 @@ class VAE(nn.Module):
     def reparameterize(self, mu, logvar, eps=None):
         """Draw z: (N, LATENT_DIM) from N(mu, exp(logvar)), in a way that has a gradient.
 
-        A direct draw has no gradient. Here the randomness is in eps alone, so z is a function of
-        mu and logvar, through which backpropagation reaches the encoder (the paper's section 2.4).
+        A direct draw has no gradient. Here the randomness is in eps alone, new unless given, and so
+        backpropagation reaches the encoder through mu and logvar (the paper's section 2.4).
         """
         std = torch.exp(logvar / 2)  # the square root of the variance
         eps = torch.randn_like(std) if eps is None else eps
@@ -146,7 +146,7 @@ def loss_terms(recon_x, x, mu, logvar):
     recon_x: (N, PIXELS) in [0, 1]; x: that or (N, 1, SIDE, SIDE); mu, logvar: (N, LATENT_DIM).
     """
     bce = F.binary_cross_entropy(recon_x, x.flatten(1), reduction="sum")
-    kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+    kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())  # (mu^2 + var - 1 - log var) / 2
     return torch.add(bce, kld, alpha=BETA), bce, kld  # bce + BETA * kld, in one operation
 
 
@@ -166,7 +166,7 @@ def train_epoch(model, optimizer, train_loader, bar):
         loss = loss_function(recon_x, x, mu, logvar)
         loss.backward()
         optimizer.step()
-        total_loss += loss.detach().float()  # on the device, where .item() would wait at each step
+        total_loss += loss.detach().float()  # a float32 on the device: .item() would wait for it
         trained_on += len(x)
         bar.update()
     return total_loss.item() / trained_on  # here Python waits for the GPU
@@ -207,7 +207,7 @@ def latent_atlas(mu, x, targets):
     """
     place = CELLS * torch.special.ndtr(mu)  # the normal CDF: each cell is a unit square now
     column, row = place.long().clamp(max=CELLS - 1).unbind(dim=1)
-    cell_of_image = (CELLS - 1 - row) * CELLS + column  # row 0 is the lowest, and drawn last
+    cell_of_image = (CELLS - 1 - row) * CELLS + column  # rows count upwards, pictures downwards
     atlas = torch.zeros(CELLS * CELLS, 3, SIDE, SIDE)
     for cell in cell_of_image.unique():
         first = (cell_of_image == cell).nonzero()[0, 0]
@@ -237,7 +237,8 @@ def save_gallery(folder, model, x_test, targets, growth):
     save_image(atlas, f"{folder}/dream_atlas.png", nrow=CELLS)
     pairs = reconstructions(model, x_test, targets)
     save_image(pairs, f"{folder}/dream_mirror.png", nrow=len(COLOURS), padding=4, pad_value=0.35)
-    first, *others = [transforms.functional.to_pil_image(make_grid(frame)[0]) for frame in growth]
+    grids = [make_grid(dreams)[0] for dreams in growth]  # [0] is one of three equal channels
+    first, *others = (transforms.functional.to_pil_image(grid) for grid in grids)
     options = {"save_all": True, "append_images": others, "loop": 0}
     first.save(f"{folder}/dream_growth.gif", duration=[500] * len(others) + [3000], **options)
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
@@ -258,10 +259,9 @@ def open_device(name):
     try:
         trial = torch.zeros(1, device=name)
         trial.item()  # waits for the device
-        if not trial.is_cuda:
-            return name
-        torch.cuda.set_device(trial.device)  # else Adam takes memory on the first GPU as well
-        return torch.cuda.get_device_name()
+        if trial.is_cuda:
+            torch.cuda.set_device(trial.device)  # else Adam takes memory on the first GPU as well
+        return torch.cuda.get_device_name() if trial.is_cuda else name
     except Exception as error:  # of many kinds: RuntimeError, AssertionError, ImportError, ...
         reason = str(error).partition("\n")[0][:300]
         raise OSError(
@@ -296,7 +296,7 @@ def learn_and_dream(options):
     torch.manual_seed(options.seed)
     model = VAE().to(options.device)
     optimizer = optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)  # one operation a step
-    train_loader = DataLoader(ShuffledBatches(x_train, BATCH_SIZE), batch_size=None)  # as they are
+    train_loader = DataLoader(ShuffledBatches(x_train, BATCH_SIZE), batch_size=None)  # of batches
     # From their own generator, on the CPU: alike on every device, and without effect on training.
     generator = torch.Generator().manual_seed(options.seed)
     z = torch.randn(SAMPLES, LATENT_DIM, generator=generator).to(options.device)
@@ -367,7 +367,7 @@ def main(argv=None):
         result["message"] = str(error)
     except RuntimeError as error:
         result["message"] = str(error).partition("\n")[0]
-        if not result["message"].startswith("CUDA "):  # out of memory, lost; all else is a bug
+        if not result["message"].startswith("CUDA "):  # the GPU is full or lost, all else a bug
             raise
     if exit_code != 0:
         print(f"quest_12_1.py: {result['message']}", file=sys.stderr)

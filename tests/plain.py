@@ -53,7 +53,6 @@ def main():
     test_loader = DataLoader(datasets.MNIST(train=False, **mnist), **settings)
     model = PlainVAE().to(options.device)
     optimizer = optim.Adam(model.parameters(), lr=1e-3)
-
     start = time.perf_counter()
     for epoch in range(1, options.epochs + 1):
         total = sum(plain_step(model, optimizer, x.to(options.device)) for x, _ in train_loader)

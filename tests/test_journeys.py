@@ -114,9 +114,8 @@ def test_another_data_set_of_the_same_format_needs_one_changed_line(tmp_path):
     """Fashion-MNIST itself is not in the repository: MNIST's files stand in for its own, which have the same names."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "FashionMNIST").symlink_to(ROOT / "data" / "MNIST")
-    result = run_small(
-        tmp_path, "--gallery", "--epochs", "1", script=edited(tmp_path, "DATASET", "datasets.FashionMNIST")
-    )
+    script = edited(tmp_path, "DATASET", "datasets.FashionMNIST")
+    result = run_small(tmp_path, "--gallery", "--epochs", "1", script=script)
     assert result.returncode == 0 and not (tmp_path / "data" / "MNIST").exists(), result.stderr
 
 

@@ -119,7 +119,7 @@ def test_a_pointer_on_the_middle_of_a_cell_decodes_to_that_cell_of_the_canvas(pa
             press(page, "map", (column + 0.5) / 20, (row + 0.5) / 20)
             torch.testing.assert_close(point(page), grid[row, column], atol=0.02, rtol=0)
             cell = canvas[2 + 30 * row : 30 + 30 * row, 2 + 30 * column : 30 + 30 * column]
-            drawn = "element('dream').getContext('2d').getImageData(0, 0, 28, 28).data.filter((_, i) => i % 4 === 0)"
+            drawn = "element('decoded').getContext('2d').getImageData(0, 0, 28, 28).data.filter((_, i) => i % 4 === 0)"
             assert (computed(page, drawn).view(28, 28) - cell).abs().mean() < 2
 
 
@@ -147,7 +147,7 @@ def test_the_address_of_a_point_can_be_followed_and_reloaded(page, main_job):
 def test_dream_draws_points_from_the_standard_normal_distribution(page):
     points = []
     for _ in range(15):
-        element(page, "random").click()
+        element(page, "dream").click()
         points.append(point(page))
     z = torch.stack(points)
     assert len(z.unique(dim=0)) == 15 and z.abs().max() <= 4 and 0.5 < z.std() < 1.6
@@ -192,7 +192,7 @@ def test_digits_that_are_drawn_as_they_are_keep_their_place(page, trained, held_
         for (let i = 0; i < 280 * 280; i++)
             image.data[4 * i + 3] = 255 * a[784 * n + 28 * Math.floor(i / 2800) + Math.floor(i % 280 / 10)];
         pad.putImageData(image, 0, 0);
-        encodeDrawing();
+        answer(prepare(pad.getImageData(0, 0, 280, 280).data));
         codes.push(...q[0]);
     } return codes; })()"""
     distances = (computed(page, put, x).view(100, 2) - trained.encode(x.flatten(1))[0]).norm(dim=1)
@@ -213,6 +213,16 @@ def test_each_sample_is_another_draw_from_the_gaussian_of_what_is_drawn_and_clea
     assert page.execute_script("return [q, samples.length]") == [None, 0]
     assert not element(page, "answer").is_displayed()
     assert not page.execute_script("return pad.getImageData(0, 0, 280, 280).data.some(value => value)")
+
+
+def test_a_dream_can_be_encoded_without_a_pointer(page, trained):
+    """For those who cannot draw: the image that z decodes to takes the place of a drawing."""
+    element(page, "dream").send_keys(Keys.ENTER)
+    z = point(page)
+    element(page, "encode").send_keys(Keys.ENTER)
+    mu, _ = trained.encode(trained.decode(z[None]))
+    torch.testing.assert_close(point(page), mu[0], atol=1e-3, rtol=0)
+    assert "KLD" in text(page, "loss") and element(page, "answer").is_displayed()
 
 
 # Without a model, and without a network -------------------------------------------------------------------------------
@@ -236,7 +246,7 @@ def test_without_pictures_the_map_is_drawn_from_the_model(browser, main_job, tmp
     opened(browser, tmp_path)
     assert not element(browser, "atlas").is_enabled()
     canvas = levels(main_job[0] / "dreams" / "dream_canvas.png")
-    drawn = "canvas.getContext('2d').getImageData(0, 0, 602, 602).data.filter((_, i) => i % 4 === 0)"
+    drawn = "canvasView.getContext('2d').getImageData(0, 0, 602, 602).data.filter((_, i) => i % 4 === 0)"
     assert (computed(browser, drawn).view(602, 602) - canvas).abs().max() <= 1
 
 
@@ -244,7 +254,7 @@ def test_the_page_asks_for_nothing_but_its_own_files_and_may_not(page, main_job)
     page.get_log("performance")
     opened(page, main_job[0] / "dreams")
     draw(page, STROKES[0])
-    element(page, "random").click()
+    element(page, "dream").click()
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     names = {"plane.html", "dream_model.js", "dream_atlas.png"}
@@ -280,7 +290,7 @@ def test_it_is_ready_and_answers_in_time(page):
     script = "const t = performance.now(); for (let n = 0; n < 50; n++) {}; return (performance.now() - t) / 50"
     decode = page.execute_script(script.replace("{}", "decode(z)"))
     draw(page, STROKES[0])
-    stroke = page.execute_script(script.replace("{}", "encodeDrawing()"))
+    stroke = page.execute_script(script.replace("{}", "answer(prepare(pad.getImageData(0, 0, 280, 280).data))"))
     ready = page.execute_script("return performance.timing.loadEventEnd - performance.timing.navigationStart")
     print(f"\ndecode {decode:.2f} ms, stroke {stroke:.2f} ms, ready in {ready} ms")
     assert 0 < decode and 0 < stroke and 0 < ready
