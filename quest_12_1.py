@@ -272,15 +272,12 @@ def open_device(name):
 
 @contextlib.contextmanager
 def atomic_writes(folder):
-    """Yield a temporary folder inside `folder`; after the block, move its files into `folder`.
-
-    A move is atomic: whenever a run is killed, each file is the old one or the whole new one.
-    """
+    """Yield a temporary folder inside `folder`; after the block, move its files into `folder`."""
     os.makedirs(folder, exist_ok=True)
     with TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as part:
         yield part
         for name in os.listdir(part):
-            os.replace(f"{part}/{name}", f"{folder}/{name}")
+            os.replace(f"{part}/{name}", f"{folder}/{name}")  # atomic: the old or the whole new
 
 
 # ---- The whole job: learn, then dream ------------------------------------------------------------
@@ -301,7 +298,8 @@ def learn_and_dream(options):
     generator = torch.Generator().manual_seed(options.seed)
     z = torch.randn(SAMPLES, LATENT_DIM, generator=generator).to(options.device)
     eps = torch.randn(len(x_test), LATENT_DIM, generator=generator).to(options.device)
-    growth, train_losses, held_out_losses, seconds = [dream(model, z)], [], [], 0.0
+    growth, train_losses, held_out_losses = [dream(model, z)], [], []
+    seconds = 0.0  # of training
     for epoch in range(1, options.epochs + 1):
         with tqdm(total=len(train_loader), desc=f"Epoch {epoch}/{options.epochs}") as bar:
             train_losses.append(train_epoch(model, optimizer, train_loader, bar))
@@ -317,12 +315,10 @@ def learn_and_dream(options):
         if options.gallery:
             save_gallery(folder, model, x_test, test_dataset.targets, growth)
         files = [f"{options.output}/{name}" for name in sorted(os.listdir(folder))]
-    message = (
-        f"Trained in {seconds:.1f} s on {device_name}. Held-out loss: {loss:.2f} nats per image, "
-        f"BCE {bce:.2f} + {BETA} x KLD {kld:.2f}. The dream is ready: {', '.join(files)}"
-    )
+    message = f"Trained in {seconds:.1f} s on {device_name}. Held-out loss: {loss:.2f} nats per "
+    message += f"image, BCE {bce:.2f} + {BETA} x KLD {kld:.2f}. The dream is ready: "
     return {
-        "success": True, "files": files, "message": message, **vars(options),
+        "success": True, "files": files, "message": message + ", ".join(files), **vars(options),
         "device_name": device_name, "training_seconds": seconds, "train_losses": train_losses,
         "held_out_losses": held_out_losses, "held_out_loss": {"total": loss, "bce": bce, "kld": kld}
     }  # fmt: skip
