@@ -98,7 +98,7 @@ class VAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc1 = nn.Linear(PIXELS, HIDDEN)  # some 180 of 400 units fall silent (see main)
+        self.fc1 = nn.Linear(PIXELS, HIDDEN)  # some 180 of 400 units end up always 0 (see main)
         self.fc21 = nn.Linear(HIDDEN, LATENT_DIM)  # mu
         self.fc22 = nn.Linear(HIDDEN, LATENT_DIM)  # logvar
         self.fc3 = nn.Linear(LATENT_DIM, HIDDEN)
@@ -293,8 +293,8 @@ def learn_and_dream(options):
     torch.manual_seed(options.seed)
     model = VAE().to(options.device)
     optimizer = optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)  # one operation a step
-    train_loader = DataLoader(ShuffledBatches(x_train, BATCH_SIZE), batch_size=None)  # of batches
-    # From their own generator, on the CPU: alike on every device, and without effect on training.
+    train_loader = DataLoader(ShuffledBatches(x_train, BATCH_SIZE), batch_size=None)  # x is batched
+    # z and eps have their own generator, on the CPU: alike on every device, apart from training.
     generator = torch.Generator().manual_seed(options.seed)
     z = torch.randn(SAMPLES, LATENT_DIM, generator=generator).to(options.device)
     eps = torch.randn(len(x_test), LATENT_DIM, generator=generator).to(options.device)
@@ -352,7 +352,7 @@ def main(argv=None):
     It sets state of the process: the seed, the current GPU, and denormals flushed to zero.
     """
     options, result, exit_code = parse_arguments(argv), {"success": False}, 1
-    # A silent unit is 0 for every digit, and so is its gradient. Adam's averages of it decay to
+    # A unit of fc1 that is 0 for every digit has no gradient. Adam's averages of it decay to
     # denormals, numbers below 1e-38 with which many CPUs are slow: let them be 0.
     torch.set_flush_denormal(True)
     try:
