@@ -8,7 +8,7 @@ The encoder maps each MNIST digit to a Gaussian over a plane, the decoder points
 Training maximises the evidence lower bound (ELBO) of the paper, Kingma & Welling, "Auto-Encoding
 Variational Bayes", 2013, arXiv:1312.6114. Then standard normal points decode to new digits.
 
-Ten epochs take 30 to 45 s on two cores of an AMD EPYC; no GPU has run this yet. They reach 154.3
+Ten epochs take 40 to 50 s on two cores of an AMD EPYC; no GPU has run this yet. They reach 154.3
 nats per image (1 nat = 1.44 bits) on the 10,000 held-out digits: the mean of seeds 0 to 4.
 """
 
