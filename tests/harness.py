@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,15 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import optim
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 import quest_12_1 as quest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "quest_12_1.py"
-NO_BAR = tqdm(disable=True)
+TEMPLATE = ROOT / "dreams" / "plane.html"
 with warnings.catch_warnings():  # a driver that is too old warns, which would stop the collection of all tests
     warnings.simplefilter("ignore")
     GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -35,9 +34,19 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torchvision", "torch.utils.data", "torch.optim", "tqdm"])
 
 
-def run(folder, *arguments):
+def prepare(folder, gallery=False):
+    """Give the folder what a run needs besides the script: MNIST, which all share, and the gallery's template."""
+    (folder / "data").symlink_to(ROOT / "data")
+    if gallery:
+        (folder / "dreams").mkdir()
+        shutil.copy(TEMPLATE, folder / "dreams")
+    return folder
+
+
+def run(folder, *arguments, **settings):
     """Run the script in a fresh interpreter in `folder`, to its end."""
-    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    settings = {"capture_output": True, "text": True, "timeout": 300, **settings}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=folder, **settings)
 
 
 def child(folder, name, script, arguments, prelude):
@@ -76,24 +85,26 @@ def levels(path, mode="L", frame=0):
         return torch.tensor(list(image.convert(mode).tobytes())).view(*image.size[::-1], -1).squeeze(-1)
 
 
-def adam_of(model):
-    return optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True)  # as the script makes it
+def draws(seed, count):
+    """The points of the dreams and the noise of the evaluation that a seed decides: (64, 2), (count, 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(64, 2, generator=generator), torch.randn(count, 2, generator=generator)
 
 
 def operations_of_a_step(device):
-    """How many operations one training step computes: those of an epoch of two steps, less those of one of one."""
-    free = {"view", "t", "expand", "detach", "empty", "_record_function_enter_new", "_record_function_exit"}
-    model, names, counts = quest.VAE().to(device), [], []
-    optimizer, x = adam_of(model), torch.rand(quest.BATCH_SIZE, quest.PIXELS, device=device)
+    """How many operations a training step of `learn` computes: those for two batches, less those for one."""
+    free = {"select", "view", "t", "expand", "detach", "empty", "_record_function_enter_new", "_record_function_exit"}
+    names, counts = [], []
 
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, arguments=(), named=None):
             names.append(operation.__name__.split(".")[0])
             return operation(*arguments, **(named or {}))
 
-    for batches in ([x], [x], [x, x]):  # the first prepares Adam
+    for batches in (1, 2):
         names.clear()
+        x = torch.rand(batches * quest.BATCH_SIZE, quest.PIXELS, device=device)
         with Operations():
-            quest.train_epoch(model, optimizer, batches, NO_BAR)
+            quest.learn(x, x[:1], epochs=1)
         counts.append(sum(name not in free for name in names))
-    return counts[2] - counts[1]
+    return counts[1] - counts[0]

@@ -17,14 +17,14 @@ from torchvision import datasets, transforms
 class PlainVAE(nn.Module):  # its layers are named as in the project's VAE, so that weights can be exchanged
     def __init__(self):
         super().__init__()
-        self.fc1, self.fc21, self.fc22 = nn.Linear(784, 400), nn.Linear(400, 2), nn.Linear(400, 2)
+        self.fc1, self.fc2_mu, self.fc2_logvar = nn.Linear(784, 400), nn.Linear(400, 2), nn.Linear(400, 2)
         self.fc3, self.fc4 = nn.Linear(2, 400), nn.Linear(400, 784)
 
 
 def plain_loss(model, x):
     x = x.view(-1, 784)
     h = F.relu(model.fc1(x))
-    mu, logvar = model.fc21(h), model.fc22(h)
+    mu, logvar = model.fc2_mu(h), model.fc2_logvar(h)
     std = torch.exp(0.5 * logvar)
     z = mu + std * torch.randn_like(std)
     recon_x = torch.sigmoid(model.fc4(F.relu(model.fc3(z))))

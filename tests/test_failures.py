@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, Run, run_small
+from harness import ROOT, SCRIPT, TEMPLATE, Run, prepare, run, run_small
 
 import quest_12_1 as quest
 
@@ -51,26 +51,31 @@ def test_ctrl_c_ends_the_run_with_one_line_and_the_earlier_picture(folder, momen
     assert picture(folder) == "earlier"
 
 
-CURE = ("./data", "git checkout -- data", "/data/MNIST and run again")
+DATA = ("/data/MNIST can be neither read nor downloaded: ", "in its clone's folder", "git checkout -- data/MNIST\n")
+PAGE = ("/dreams/plane.html", "in the folder of its clone")
+LABELS = TRAIN.with_name("t10k-labels-idx1-ubyte")
 FAULTS = {  # what is done in a folder with data, Python to execute first, what is said
-    "there is no data": (lambda: shutil.rmtree("data"), "", (*CURE, "refused")),
-    "a file is missing": (TRAIN.unlink, "", (*CURE, "refused")),
-    "a file is cut short": (lambda: os.truncate(TRAIN, 1_000_000), "", CURE),
-    "a file is empty": (lambda: os.truncate(TRAIN, 0), "", CURE),
-    "a file is of another format": (lambda: TRAIN.write_bytes(b"PK\3\4" + TRAIN.read_bytes()[4:]), "", CURE),
-    "a file has a wrong count": (lambda: TRAIN.write_bytes(b"\0\0\x08\3\0\0\1\0" + TRAIN.read_bytes()[8:]), "", CURE),
-    "the labels are cut short": (lambda: os.truncate(TRAIN.with_name("t10k-labels-idx1-ubyte"), 10), "", CURE),
-    "a file cannot be read": (lambda: TRAIN.chmod(0), WITHOUT_PRIVILEGE, (*CURE, "Permission denied")),
-    "dreams is a file": (lambda: Path("dreams").touch(), "", ("File exists: 'dreams'",)),
-    "dreams is read-only": (lambda: os.mkdir("dreams", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'dreams/",)),
-    "dreams cannot be made": (lambda: os.chmod(".", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'dreams'",)),
+    "there is no data": (lambda: shutil.rmtree("data"), "", (*DATA, "refused")),
+    "a file is missing": (TRAIN.unlink, "", (*DATA, "refused")),
+    "a file is cut short": (lambda: os.truncate(TRAIN, 1_000_000), "", (*DATA, "RuntimeError")),
+    "a file is empty": (lambda: os.truncate(TRAIN, 0), "", (*DATA, "ValueError")),
+    "a file is of another format": (lambda: TRAIN.write_bytes(b"PK\3\4" + TRAIN.read_bytes()[4:]), "", DATA),
+    "a file has a wrong count": (lambda: TRAIN.write_bytes(b"\0\0\x08\3\0\0\1\0" + TRAIN.read_bytes()[8:]), "", DATA),
+    "the labels are cut short": (lambda: os.truncate(LABELS, 10), "", DATA),
+    "a file cannot be read": (lambda: TRAIN.chmod(0), WITHOUT_PRIVILEGE, (*DATA, "Permission denied")),
+    "the page's template is missing": (Path("dreams/plane.html").unlink, "", PAGE),
+    "the folder is a file": (lambda: Path("out").touch(), "", ("'out' (--output): ", "File exists: 'out'")),
+    "the folder is read-only": (lambda: os.mkdir("out", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'out/",)),
+    "the folder cannot be made": (lambda: os.chmod(".", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'out'",)),
 }
 
 
 @pytest.fixture
 def own_data(tmp_path, monkeypatch):
-    """The working folder, which is the current one too, with a copy of MNIST, free to damage."""
+    """The working folder, which is the current one too, with a copy of MNIST, free to damage, and the template."""
     shutil.copytree(ROOT / TRAIN.parent, tmp_path / TRAIN.parent)
+    (tmp_path / "dreams").mkdir()
+    shutil.copy(TEMPLATE, tmp_path / "dreams")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -79,13 +84,45 @@ def own_data(tmp_path, monkeypatch):
 def test_a_fault_from_the_start_is_one_message_before_training_and_changes_nothing(own_data, make, prelude, said):
     def contents():
         files = [path for path in own_data.rglob("*") if path.is_file() and path.stem != "run"]  # which it prints
-        return {path: path.read_bytes() for path in files}, os.path.isdir("dreams")
+        return {path: path.read_bytes() for path in files}, os.path.isdir("out")
 
     make()
-    before, result = contents(), run_small(own_data, "--epochs", "1", prelude=prelude)
+    before, result = contents(), run_small(own_data, "--gallery", "--output", "out", prelude=prelude)
     assert result.returncode == 1 and result.stdout == "" and all(text in result.stderr for text in said), result.stderr
     assert result.stderr.startswith("quest_12_1.py: ") and result.stderr.count("quest_12_1.py: ") == 1
+    assert said not in (DATA, PAGE) or str(own_data) + said[0] in result.stderr
     assert "Traceback" not in result.stderr and contents() == before
+
+
+LITTLE_MEMORY = """
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, -1))
+"""
+
+
+def test_where_the_memory_ends_the_data_are_not_blamed(folder):
+    result = run_small(folder, prelude=LITTLE_MEMORY)
+    assert result.returncode == 1 and "MemoryError" in result.stderr and "neither read" not in result.stderr
+
+
+def test_a_data_set_whose_class_takes_other_arguments_is_not_told_as_missing_data(folder):
+    (folder / SCRIPT.name).write_text(SCRIPT.read_text().replace("DATASET = datasets.MNIST", "DATASET = datasets.SVHN"))
+    result = run_small(folder, script=folder / SCRIPT.name)
+    assert result.returncode == 1 and "TypeError: SVHN" in result.stderr and "neither read" not in result.stderr
+
+
+def test_json_is_printed_also_where_standard_error_is_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        result = run(
+            tmp_path, "--json", "--device", "banana", capture_output=False, stdout=subprocess.PIPE, stderr=full
+        )
+    assert result.returncode != 0 and "'banana'" in json.loads(result.stdout)["message"]
+
+
+def test_an_empty_name_of_the_folder_is_told_by_its_option(folder):
+    result = run_small(folder, "--output", "")
+    assert result.returncode == 1 and result.stderr.startswith("quest_12_1.py: nothing can be saved in '' (--output): ")
 
 
 def test_data_that_may_only_be_read_is_enough_and_training_makes_no_network_call(own_data):
@@ -99,24 +136,27 @@ def test_data_that_may_only_be_read_is_enough_and_training_makes_no_network_call
 
 
 @pytest.mark.parametrize("size", [20_000, 1_000_000, 4_000_000], ids=["for no picture", "for pictures", "for a model"])
-def test_on_a_full_disk_it_is_one_message_and_the_earlier_picture_stays(folder, size):
-    dreams = folder / "dreams"
-    dreams.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", dreams]  # a real file system
+def test_on_a_full_disk_it_is_one_message_and_the_earlier_picture_stays(tmp_path, size):
+    folder, full = prepare(tmp_path, gallery=True), tmp_path / "full"
+    full.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", full]  # a real file system
     if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
-        (dreams / "dream_sample.png").write_bytes(EARLIER)
-        result = run_small(folder, "--epochs", "1", "--gallery")
+        (full / "dream_sample.png").write_bytes(EARLIER)
+        result = run_small(folder, "--epochs", "1", "--gallery", "--output", "full")
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert result.stderr.splitlines()[-1].startswith("quest_12_1.py: [Errno 28] No space left on device")
-        assert picture(folder) == "earlier"
+        said = "quest_12_1.py: nothing can be saved in 'full' (--output): [Errno 28] No space left on device"
+        assert result.stderr.splitlines()[-1].startswith(said)
+        assert [path.name for path in full.iterdir()] == ["dream_sample.png"]
+        assert (full / "dream_sample.png").read_bytes() == EARLIER
     finally:
-        subprocess.run(["umount", "-l", dreams], check=True)
+        subprocess.run(["umount", "-l", full], check=True)
 
 
-def test_a_picture_that_cannot_be_replaced_is_named(folder):
-    (folder / "dreams" / "dream_growth.gif").mkdir(parents=True)
+def test_a_picture_that_cannot_be_replaced_is_named(tmp_path):
+    folder = prepare(tmp_path, gallery=True)
+    (folder / "dreams" / "dream_growth.gif").mkdir()
     result = run_small(folder, "--epochs", "1", "--gallery")
     assert result.returncode == 1 and "dreams/dream_growth.gif'" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and not list(folder.rglob(".part-*"))
@@ -152,19 +192,51 @@ def test_a_device_that_is_not_there_is_one_message_with_the_reason(tmp_path, mon
     assert json.loads(out)["success"] is False and list(tmp_path.iterdir()) == []
 
 
+OUT_OF_MEMORY = "HIP out of memory. Tried to allocate 20.00 MiB."
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."
-LAZY = "CUDA call failed lazily at initialization"
-BUG = "Expected all tensors to be on the same device, but got mat1 is on cpu (in method wrapper_CUDA_addmm)"
+FAILING = {  # what a GPU's failing operation raises, as PyTorch does
+    "full": ("torch.OutOfMemoryError", OUT_OF_MEMORY),
+    "lost": ("torch.AcceleratorError", "CUDA error: unspecified launch failure"),
+    "full, at the first product": ("RuntimeError", CUBLAS),
+    "full, of Apple's": ("RuntimeError", "MPS backend out of memory (MPS allocated: 8.00 GB)"),
+}
 
 
-@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 20.00 MiB.", CUBLAS, LAZY, BUG])
-def test_a_gpu_that_fails_is_one_message_by_its_first_line_but_a_bug_keeps_its_traceback(folder, text):
-    where, error = ("zeros", "torch.cuda.DeferredCudaCallError") if text == LAZY else ("sigmoid", "RuntimeError")
-    failing = f"import torch\ndef failing(*_, **__): raise {error}({text!r} + '\\nFor debugging ...')\n"
-    result = run_small(folder, prelude=f"{failing}torch.{where} = failing")
-    assert result.returncode == 1
-    if text == BUG:
-        assert "Traceback" in result.stderr and "in decode" in result.stderr
-    else:
-        assert result.stderr.count("quest_12_1.py: ") == 1 and f": {text}\n" in result.stderr
-        assert "For debugging" not in result.stderr and "Traceback" not in result.stderr
+def failing(where, error, text):
+    """Python that replaces an operation of PyTorch by one that raises."""
+    return f"def failing(*_, **__): raise {error}({text + chr(10) + 'For debugging ...'!r})\ntorch.{where} = failing"
+
+
+@pytest.mark.parametrize(("error", "text"), FAILING.values(), ids=FAILING)
+def test_a_gpu_that_fails_is_one_message_its_first_line(folder, error, text):
+    result = run_small(folder, prelude=failing("sigmoid", error, text))
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == f"quest_12_1.py: {text}"
+    assert "For debugging" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_gpu_that_fails_at_its_first_use_cannot_be_used(folder):
+    result = run_small(folder, prelude=failing("zeros", "torch.cuda.DeferredCudaCallError", "CUDA call failed lazily"))
+    assert result.returncode == 1 and "cannot use the device 'cpu': CUDA call failed lazily\n" in result.stderr
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyError", "MemoryError"])
+def test_a_bug_keeps_its_traceback(folder, error):
+    text = "Expected all tensors to be on the same device, but got mat1 is on cpu (in method wrapper_CUDA_addmm)"
+    result = run_small(folder, prelude=failing("sigmoid", error, text))
+    assert result.returncode == 1 and "Traceback" in result.stderr and "in decode" in result.stderr
+
+
+UNCHECKED = "torch.nn.functional.binary_cross_entropy = lambda x, *_, **__: x.sum() * float('nan')"  # as on ROCm, mps
+ASSERT = "CUDA error: device-side assert triggered"
+NOT_FINITE = {"on the CPU": "", "unchecked": UNCHECKED, "on CUDA": failing("sigmoid", "torch.AcceleratorError", ASSERT)}
+
+
+@pytest.mark.parametrize("prelude", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_loss_that_is_not_finite_is_one_message_that_names_the_learning_rate(folder, prelude):
+    too_large = SCRIPT.read_text().replace("\nLEARNING_RATE = 1e-3", "\nLEARNING_RATE = 1e3")
+    (folder / SCRIPT.name).write_text(too_large)
+    result = run_small(folder, "--json", script=folder / SCRIPT.name, prelude=prelude)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    message = json.loads(result.stdout, parse_constant=pytest.fail)["message"]
+    assert result.stderr.endswith(f"quest_12_1.py: {message}\n") and "lower LEARNING_RATE" in message
+    assert not list((folder / "dreams").iterdir())

@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 import torch
-from harness import GPUS, ROOT, SCRIPT, Run, run_small
+from harness import GPUS, SCRIPT, Run, prepare, run_small
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -53,21 +53,21 @@ class Far(TorchDispatchMode):
 
 
 def test_a_second_device_gives_the_same_files_and_training_waits_for_it_once_an_epoch(tmp_path):
-    (tmp_path / "data").symlink_to(ROOT / "data")
+    prepare(tmp_path, gallery=True)
     job = ["--gallery", "--epochs", "2", "--output"]
     near = Run(tmp_path, *job, "near", name="near")
     far = Run(tmp_path, *job, "far", "--device", "far:0", name="far", prelude=PRELUDE)  # at the same time
     assert (near.wait().returncode, far.wait().returncode) == (0, 0), near.stderr + far.stderr
-    for name in "sample.png canvas.png atlas.png mirror.png growth.gif model.js model.pt".split():
+    for name in "sample.png canvas.png codes.png mirror.png growth.gif model.pt".split():
         assert (tmp_path / f"near/dream_{name}").read_bytes() == (tmp_path / f"far/dream_{name}").read_bytes(), name
     assert all(weight.is_cpu for weight in torch.load(tmp_path / "far/dream_model.pt").values())  # no map_location
     weights, frames = 2 * 5, 1 + 2  # matrix and bias of five layers; before training and after each epoch
-    setup = ["open_device reads"] + 2 * ["images_on writes"] + (weights + 2) * ["learn_and_dream writes"]  # z and eps
-    epoch = ["__iter__ writes", "train_epoch reads", "evaluate reads"]  # the order of the batches, loss, held-out loss
-    sample, reads = ["learn_and_dream reads"], ["save_gallery reads"]
-    canvas, atlas, mirror = ["save_gallery writes", *reads], 2 * reads, ["reconstructions writes", *reads]
-    gallery = canvas + atlas + mirror + (frames + weights) * reads
-    assert far.stdout.splitlines()[:-1] == setup + 2 * epoch + sample + gallery  # the last line is the message
+    setup = ["open_device reads"] + 2 * ["images_on writes"] + (weights + 2) * ["learn writes"]  # z and eps
+    epoch = ["train_epoch reads", "evaluate reads"]  # loss, held-out loss
+    sample, reads, writes = ["learn_and_dream reads"], ["save_gallery reads"], ["save_gallery writes"]
+    gallery = writes + 3 * reads + writes + reads + (frames + weights) * reads  # canvas, mu, x, mirror, growth, model
+    page = weights * ["save_page reads"] + ["save_page writes", "save_page reads"]  # model, digits
+    assert far.stdout.splitlines()[:-1] == setup + 2 * epoch + sample + gallery + page  # the last line is the message
 
 
 def test_an_operation_on_tensors_of_both_devices_stops_the_job(tmp_path):
