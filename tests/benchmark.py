@@ -45,6 +45,8 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     options = parser.parse_args()
 
+    if not options.device.startswith("cuda"):
+        del SIDES["PyTorch's example's loader"]  # it has a worker process on a GPU alone; else it is the textbook's
     runs = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(ROOT / "data", Path(folder) / "data")

@@ -1,6 +1,6 @@
 """The same recipe as a textbook would train it: image by image, with default Adam and .item() at each step.
 
-With --workers 1 it has the loader settings of PyTorch's own VAE example. It shares no code with the script.
+With --workers 1 it has the loader settings of PyTorch's own VAE example on a GPU. It shares no code with the script.
 """
 
 import argparse

@@ -169,12 +169,36 @@ def test_another_data_set_of_the_same_format_needs_one_changed_line(tmp_path):
     assert result.returncode == 0 and not (tmp_path / "data" / "MNIST").exists(), result.stderr
 
 
-def test_the_readme_s_python_runs_as_printed(main_job, monkeypatch):
+def test_the_readme_s_python_shows_the_loss_above_minus_log_p_as_printed(main_job, monkeypatch, capsys):
     monkeypatch.chdir(main_job[0])  # after the gallery of the README's own command
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(snippet, {})
-    images = levels("walk.png")[2:30, 2:].unfold(1, 28, 30).movedim(1, 0).flatten(1) / 255
-    assert len(images) == 10 and (images[0] - images[9]).norm() > 5 > (images[1:] - images[:-1]).norm(dim=1).max()
+    printed, told = (
+        re.search(r"loss (\d+\.\d), -log p\(x\) (\d+\.\d)", said).groups() for said in (capsys.readouterr().out, README)
+    )
+    assert float(printed[0]) > float(printed[1]) + 2
+    assert [float(number) for number in printed] == pytest.approx([float(number) for number in told], abs=3)
+
+
+def test_the_readme_s_lines_for_a_digit_of_your_choice_turn_the_script_into_one_that_trains(folder):
+    (lines,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    *replacing, new = [line.split("  # in ")[0] for line in lines.splitlines()]
+    script = SCRIPT.read_text()
+    olds = [
+        "SAMPLES = 64.*",
+        ".*images.flatten.*",
+        ".*self.fc1 =.*",
+        ".*self.fc3 =.*",
+        ".*return self.decode.*",
+        ".*bce = .*",
+    ]
+    for old, line in zip(olds, replacing, strict=True):
+        script, count = re.subn(f"(?m)^{old}$", lambda _, line=line: line, script)
+        assert count == 1, old
+    (folder / SCRIPT.name).write_text(script.replace("    dreams = [", f"{new}\n    dreams = ["))
+    result = run_small(folder, "--epochs", "1", script=folder / SCRIPT.name)
+    assert result.returncode == 0, result.stderr
+    assert levels(folder / "dreams" / "dream_sample.png").shape == (302, 242)  # ten rows of eight
 
 
 STATE = """
