@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -76,6 +77,14 @@ class Run:  # the script on few digits, in a process forked from one that has do
 
 def run_small(folder, *arguments, **settings):
     return Run(folder, *arguments, **settings).wait()
+
+
+def edited(folder, name, value):
+    """A copy of the script in `folder` with another value for one of its settings."""
+    text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", SCRIPT.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    (folder / SCRIPT.name).write_text(text)
+    return folder / SCRIPT.name
 
 
 def levels(path, mode="L", frame=0):

@@ -34,6 +34,12 @@ def test_a_notebook_can_build_a_model_of_another_size_and_weigh_kld_otherwise():
     _, bce, kld = quest.loss_terms(recon_x, x, mu, logvar)
     torch.testing.assert_close(quest.loss_function(recon_x, x, mu, logvar, beta=7), bce + 7 * kld)
     assert sum(weight.numel() for weight in quest.VAE().parameters()) == 631_188
+    learned = [quest.learn(torch.rand(300, 784), x, epochs=1, latent_dim=5, beta=beta) for beta in (0, 7)]
+    assert [round(loss - bce - beta * kld, 3) for (_, _, ((_, loss, bce, kld),)), beta in zip(learned, (0, 7))] == [
+        0,
+        0,
+    ]
+    assert not torch.equal(learned[0][0].fc1.weight, learned[1][0].fc1.weight) and learned[0][0].fc3.in_features == 5
 
 
 @pytest.mark.parametrize("beta", [0, 1, 30])
@@ -81,7 +87,7 @@ def test_an_epoch_of_learn_visits_every_digit_once_in_469_batches_in_a_new_order
     """A digit is told by its first pixel. No step is taken."""
     seen = []
 
-    def no_training(model, optimizer, train_loader):
+    def no_training(model, optimizer, train_loader, beta):
         seen.append([batch[:, 0] for batch in train_loader])
         return 0.0
 
