@@ -162,7 +162,7 @@ def train_epoch(model, optimizer, train_loader, beta=BETA):
 def evaluate(model, x_test, eps, beta=BETA):
     """Return loss, BCE and KLD in nats per image; x_test: (N, PIXELS), eps: (N, latent_dim)."""
     model.eval()
-    recon_x, mu, logvar = model(x_test, eps)  # in one batch: 10,000 images take some 100 MB
+    recon_x, mu, logvar = model(x_test, eps)  # in one batch: 10,000 images take some 150 MB
     return (torch.stack(loss_terms(recon_x, x_test, mu, logvar, beta)) / len(x_test)).tolist()
 
 
@@ -277,8 +277,8 @@ def save_page(folder, template, model, x_test, dataset, run):
     texts = {name: base64.b64encode(tensor.numpy()).decode() for name, tensor in tensors.items()}
     codes = base64.b64encode(Path(folder, "dream_codes.png").read_bytes()).decode()
     classes = [name.partition(" - ")[0] for name in dataset.classes]  # MNIST's are "0 - zero", ...
-    data = {**run, "beta": BETA, "colours": COLOURS, "classes": classes, "codes": codes}
-    data = json.dumps({**data, "tensors": texts})
+    plane = {"extent": EXTENT, "cells": CELLS, "colours": COLOURS, "classes": classes}
+    data = json.dumps({**run, **plane, "beta": BETA, "codes": codes, "tensors": texts})
     page = template.replace("const run = null;", f"const run = {data};")
     Path(folder, "dream_plane.html").write_text(page, encoding="utf-8")
 
@@ -310,7 +310,7 @@ def atomic_writes(folder):
             for name in os.listdir(part):
                 os.replace(f"{part}/{name}", f"{folder}/{name}")  # atomic: the old or the whole new
     except OSError as error:
-        raise OSError(f"nothing can be saved in '{folder}' (--output): {error}") from error
+        raise OSError(f"not all can be saved in '{folder}' (--output): {error}") from error
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def main(argv=None):
     It sets state of the process: the seed, the current GPU, and the three lines below.
     """
     options = parse_arguments(argv)
-    # Within 50 steps some 150 of fc1's 400 units die: x >= 0, so a step moves all weights of a unit
+    # In 50 steps some 150 of fc1's 400 units die: x >= 0, so a step moves most weights of a unit
     # one way, and it is 0 for all images. Harmless, but Adam's average of its gradient decays to
     # denormals, numbers below 1e-38, slow on many CPUs: flushed to 0, 0.83 of the time on a Xeon.
     torch.set_flush_denormal(True)  # in this thread and those it starts

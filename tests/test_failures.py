@@ -105,7 +105,7 @@ def test_json_is_printed_also_where_standard_error_is_a_full_disk(tmp_path):
 
 def test_an_empty_name_of_the_folder_is_told_by_its_option(folder):
     result = run_small(folder, "--output", "")
-    assert result.returncode == 1 and result.stderr.startswith("quest_12_1.py: nothing can be saved in '' (--output): ")
+    assert result.returncode == 1 and result.stderr.startswith("quest_12_1.py: not all can be saved in '' (--output): ")
 
 
 def test_data_that_may_only_be_read_is_enough_and_training_makes_no_network_call(own_data):
@@ -129,7 +129,7 @@ def test_on_a_full_disk_it_is_one_message_and_the_earlier_picture_stays(tmp_path
         (full / "dream_sample.png").write_bytes(EARLIER)
         result = run_small(folder, "--epochs", "1", "--gallery", "--output", "full")
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        said = "quest_12_1.py: nothing can be saved in 'full' (--output): [Errno 28] No space left on device"
+        said = "quest_12_1.py: not all can be saved in 'full' (--output): [Errno 28] No space left on device"
         assert result.stderr.splitlines()[-1].startswith(said)
         assert [path.name for path in full.iterdir()] == ["dream_sample.png"]
         assert (full / "dream_sample.png").read_bytes() == EARLIER

@@ -168,8 +168,8 @@ def test_the_readme_s_python_shows_the_loss_above_minus_log_p_as_printed(main_jo
     printed, told = (
         re.search(r"loss (\d+\.\d), -log p\(x\) (\d+\.\d)", said).groups() for said in (capsys.readouterr().out, README)
     )
-    assert float(printed[0]) > float(printed[1]) + 2
-    assert [float(number) for number in printed] == pytest.approx([float(number) for number in told], abs=3)
+    assert float(printed[0]) > float(printed[1]) + 4
+    assert [float(number) for number in printed] == pytest.approx([float(number) for number in told], abs=0.5)
 
 
 def test_the_readme_s_lines_for_a_digit_of_your_choice_turn_the_script_into_one_that_trains(folder):

@@ -222,7 +222,7 @@ def test_a_held_out_digit_can_be_encoded_without_a_pointer_and_says_its_class(pa
     for _ in range(8):
         element(page, "heldout").send_keys(Keys.ENTER)
         x = computed(page, "x")
-        of_class = held_out[0][held_out[1] == int(text(page, "what").removeprefix("x: a "))][:10]
+        of_class = held_out[0][held_out[1] == int(text(page, "what").removeprefix("x: "))][:10]
         assert (of_class == x).all(dim=1).any()
         torch.testing.assert_close(point(page), trained.encode(x[None])[0][0].clamp(-4, 4), atol=1e-3, rtol=0)
         seen.add(text(page, "what"))
@@ -346,7 +346,7 @@ def test_the_page_says_which_run_it_shows_asks_for_no_other_file_and_may_not(pag
     page.get_log("performance")
     shown = opened(page, alone)
     total = re.search(r"Held-out loss: (\S+)", main_job[1].stdout)[1]
-    assert shown.startswith(f"Walk the plane: seed 0, 10 epochs, held-out loss {total} nats per image\n")
+    assert shown.startswith(f"Walk the plane: seed 0, epochs 10, held-out loss {total} nats per image\n")
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     assert {url for url in asked if not url.startswith("data:")} - {"about:blank"} == {alone.as_uri()}
