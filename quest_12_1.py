@@ -64,7 +64,7 @@ def load_data(root):
         test_dataset = DATASET(root, train=False, download=True, transform=transform)
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, AssertionError) as error:
         folder = Path(root, DATASET.__name__).resolve()
-        cure = "Run it in its clone's folder. Only if MNIST is damaged: git checkout -- data/MNIST"
+        cure = "Run it in its clone's folder or online. Damaged MNIST: git checkout -- data/MNIST"
         raise OSError(f"{folder} can be neither read nor downloaded: {error!r}\n{cure}") from error
     return train_dataset, test_dataset
 
