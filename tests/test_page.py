@@ -41,7 +41,8 @@ def path(main_job):
 
 
 RESET = """location.hash = ""; run.beta = 1; element("canvas").click(); pad.clearRect(0, 0, PAD, PAD);
-element("noise").value = 0; showDigit(0); scrollTo(0, 0);"""
+element("noise").value = 0; scrollTo(0, 0);
+eps = eps.map((_, k) => [1.5 * Math.sin(k + 1), 1.5 * Math.cos(3 * k)]); showDigit(0);"""  # the same ten draws always
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_drawn_digit_lands_among_its_own_kind_and_all_that_is_shown_of_it_is_t
     assert numbers(page, "code") == pytest.approx([*mu.tolist(), *std.tolist()], abs=0.006)
     page.execute_script("goTo([-4, 4])")  # z out of the way
     apart = torch.cdist(samples, marks(page, RED))
-    assert apart.min(dim=0).values.max() < 0.04 and apart.min(dim=1).values.max() < 0.04
+    assert apart.min(dim=0).values.max() < 0.04 and apart.min(dim=1).values.max() < 0.1  # one may hide another
     noise(page, 2)  # rings that the draws leave free
     rings, width = ((marks(page, ORANGE) - mu) / (4 * std)).norm(dim=1), 0.03 / (4 * std).min()
     assert ((rings - 1).abs() < width).sum() > 5 < ((rings - 2).abs() < width).sum()
