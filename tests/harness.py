@@ -35,12 +35,17 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torchvision", "torch.utils.data", "torch.optim", "tqdm"])
 
 
+def put_template(folder):
+    """Give the folder the template of the gallery's page."""
+    (folder / "dreams").mkdir()
+    shutil.copy(TEMPLATE, folder / "dreams")
+
+
 def prepare(folder, gallery=False):
     """Give the folder what a run needs besides the script: MNIST, which all share, and the gallery's template."""
     (folder / "data").symlink_to(ROOT / "data")
     if gallery:
-        (folder / "dreams").mkdir()
-        shutil.copy(TEMPLATE, folder / "dreams")
+        put_template(folder)
     return folder
 
 

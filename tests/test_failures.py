@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, SCRIPT, TEMPLATE, Run, edited, prepare, run, run_small
+from harness import ROOT, SCRIPT, Run, edited, prepare, put_template, run, run_small
 
 import quest_12_1 as quest
 
@@ -75,8 +75,7 @@ FAULTS = {  # what is done in a folder with data, Python to execute first, what 
 def own_data(tmp_path, monkeypatch):
     """The working folder, which is the current one too, with a copy of MNIST, free to damage, and the template."""
     shutil.copytree(ROOT / TRAIN.parent, tmp_path / TRAIN.parent)
-    (tmp_path / "dreams").mkdir()
-    shutil.copy(TEMPLATE, tmp_path / "dreams")
+    put_template(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

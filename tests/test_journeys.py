@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from harness import ROOT, SCRIPT, SMALL, TEMPLATE, edited, levels, prepare, run_small
+from harness import ROOT, SCRIPT, SMALL, edited, levels, prepare, put_template, run_small
 
 import quest_12_1 as quest
 
@@ -155,8 +154,7 @@ def test_another_data_set_of_the_same_format_needs_one_changed_line(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "FashionMNIST").symlink_to(ROOT / "data" / "MNIST")
     script = edited(tmp_path, "DATASET", "datasets.FashionMNIST")
-    (tmp_path / "dreams").mkdir()
-    shutil.copy(TEMPLATE, tmp_path / "dreams")
+    put_template(tmp_path)
     result = run_small(tmp_path, "--gallery", "--epochs", "1", script=script)
     assert result.returncode == 0 and not (tmp_path / "data" / "MNIST").exists(), result.stderr
 
