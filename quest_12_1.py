@@ -70,14 +70,10 @@ def load_data(root):
 
 
 def images_on(device, dataset):
-    """Return all N images of `dataset`, transformed once and for all: (N, PIXELS) on `device`.
-
-    ToTensor maps bytes (height, width, channels) to (channels, height, width) in [0, 1]. It takes
-    the N images as the channels of one picture, which is four times faster than one by one.
-    """
-    if isinstance(dataset.transform, transforms.ToTensor):
-        images = dataset.transform(dataset.data.permute(1, 2, 0).numpy())  # (N, SIDE, SIDE) again
-    else:  # a transform that may not treat all images alike
+    """Return all N images of `dataset`, transformed once and for all: (N, PIXELS) on `device`."""
+    if isinstance(dataset.transform, transforms.ToTensor):  # in one call: four times faster, with
+        images = dataset.transform(dataset.data.permute(1, 2, 0).numpy())  # the images as channels
+    else:
         images = torch.stack([image for image, _ in dataset])
     return images.flatten(1).to(device)
 
@@ -175,9 +171,8 @@ def dream(model, z):
 def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, latent_dim=LATENT_DIM, beta=BETA):
     """Train a VAE on x_train: (N, PIXELS), on its device; evaluate it on x_test: (M, PIXELS).
 
-    Returns the model; SAMPLES dreams before training and after each epoch; and by epoch, in nats
-    per image: training loss, held-out loss, its BCE, its KLD. It sets the process's seed. Raises
-    FloatingPointError for a loss that is not finite.
+    Returns the model; SAMPLES dreams before training and after each epoch; and the losses of each
+    epoch, in nats per image. Sets the process's seed. NaN raises FloatingPointError or BCE's own.
     """
     torch.manual_seed(seed)
     model = VAE(latent_dim=latent_dim).to(x_train.device)
@@ -194,92 +189,63 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, latent_dim=LATENT_DIM, beta
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"the loss is {train_loss}: lower LEARNING_RATE")
         loss, bce, kld = evaluate(model, x_test, eps, beta)
-        report = f"{title}: loss {train_loss:.2f}, held-out loss {loss:.2f} nats per image"
-        print(report, file=sys.stderr)
-        losses.append((train_loss, loss, bce, kld))
+        report = f"loss {train_loss:.2f}, held-out loss {loss:.2f} nats per image"
+        print(f"{title}: {report}", file=sys.stderr)
+        losses.append({"train": train_loss, "held_out": loss, "bce": bce, "kld": kld})
         dreams.append(dream(model, z))
     return model, dreams, losses
 
 
-# ==== The method ends here. What follows is pictures, files and the command line ==================
-# ---- Gallery -------------------------------------------------------------------------------------
-def latent_grid():
-    """Return the centres of CELLS x CELLS equal cells of the plane: (CELLS * CELLS, 2)."""
-    centres = EXTENT * ((2 * torch.arange(CELLS) + 1) / CELLS - 1)
-    return torch.cartesian_prod(centres.flip(0), centres).flip(1)  # z2 falls row by row
-
-
-def draw_codes(mu, x, targets):
-    """Return a picture of the plane, as large as the canvas, with a dot at each mu: (N, 2).
-
-    Its colour is that of the class, which an image of x: (N, PIXELS) in the upper left names. The
-    circles are 1, 2 and 3 standard deviations of N(0, I) from the middle.
-    """
+# ==== The method ends here. What follows is the gallery, files and the command line ===============
+def draw_codes(mu, targets, digits):
+    """Return a picture of the plane: dots at mu: (N, 2), digits: (10, PIXELS) as their legend."""
     size = CELLS * (SIDE + 2) + 2
+    scale = torch.tensor([1, -1]) * size / (2 * EXTENT)  # z1 grows to the right, z2 upwards
     picture = torch.zeros(3, size, size)
-
-    def place(z):  # right and down, in pixels
-        return (EXTENT + z * torch.tensor([1, -1])) * size / (2 * EXTENT)
-
     for label, colour in enumerate(COLOURS):
-        of_class = targets == label
-        picture = draw_keypoints(picture, place(mu[of_class])[None], colors=f"#{colour}", radius=1)
+        dots = size / 2 + scale * mu[targets == label]
+        picture = draw_keypoints(picture, dots[None], colors=f"#{colour}", radius=1)
         rgb = torch.tensor(list(bytes.fromhex(colour))).view(3, 1, 1) / 255
-        legend = picture[:, :SIDE, SIDE * label : SIDE * (label + 1)]
-        legend[:] = rgb * x[of_class][0].view(SIDE, SIDE)
+        picture[:, :SIDE, SIDE * label : SIDE * (label + 1)] = rgb * digits[label].view(SIDE, SIDE)
     angle = torch.linspace(0, 2 * torch.pi, 181)
-    circle = torch.stack((angle.cos(), angle.sin()), dim=1)
-    circles = place(torch.stack((circle, 2 * circle, 3 * circle)))
-    lines = [(k, k + 1) for k in range(180)]
-    return draw_keypoints(picture, circles, lines, radius=0, width=1)  # the lines without the dots
+    circle = scale * torch.stack((angle.cos(), angle.sin()), dim=1)  # one standard deviation away
+    circles = size / 2 + torch.stack((circle, 2 * circle, 3 * circle))
+    return draw_keypoints(picture, circles, [(k, k + 1) for k in range(180)], radius=0, width=1)
 
 
-def first_of_classes(targets, count):
-    """Return the indices of the first `count` images of each class, the classes in turn."""
-    first = [(targets == label).nonzero()[:count] for label in targets.unique()]
-    return torch.cat(first, dim=1).flatten()
+def save_gallery(folder, template, model, x_test, dataset, dreams, run):
+    """Save four pictures, the model, and the page: the template, filled with all that it shows.
 
-
-@torch.no_grad()
-def save_gallery(folder, model, x_test, targets, dreams):
-    """Save four pictures and the model; dreams: (SAMPLES, 1, SIDE, SIDE) by epoch."""
-    canvas = dream(model, latent_grid().to(x_test.device))
-    save_image(canvas, f"{folder}/dream_canvas.png", nrow=CELLS)
-    mu, _ = model.encode(x_test)
-    codes = draw_codes(mu.cpu(), x_test.cpu(), targets)
-    save_image(codes, f"{folder}/dream_codes.png")
-    originals = x_test[first_of_classes(targets, 4)]
-    mirrored = model.decode(model.encode(originals)[0])
-    pairs = torch.cat((originals, mirrored), dim=1).view(-1, 1, 2 * SIDE, SIDE)
-    save_image(pairs, f"{folder}/dream_mirror.png", nrow=len(COLOURS), padding=4, pad_value=0.35)
-    grids = [make_grid(images)[0] for images in dreams]  # [0] is one of three equal channels
-    first, *others = (transforms.functional.to_pil_image(grid) for grid in grids)
-    options = {"save_all": True, "append_images": others, "loop": 0}
-    first.save(f"{folder}/dream_growth.gif", duration=[500] * len(others) + [3000], **options)
-    buffer = io.BytesIO()  # torch.save itself would not say that a disk is full
-    torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
-    Path(folder, "dream_model.pt").write_bytes(buffer.getvalue())
-
-
-@torch.no_grad()
-def save_page(folder, template, model, x_test, dataset, run):
-    """Save the page: the template, filled with the model, ten images of each class, and its run.
-
-    One of the images is encoded and decoded in full precision, for the page to be checked by.
+    dreams: (SAMPLES, 1, SIDE, SIDE) by epoch; run: a dict; model and x_test are on the CPU.
     """
-    tensors = {name: weight.cpu() for name, weight in model.state_dict().items()}
-    exact = VAE().double()
-    exact.load_state_dict(tensors)
-    x = x_test[first_of_classes(dataset.targets, 10)].cpu()
-    mu, logvar = exact.encode(x[:1].double())
-    tensors |= {"digits": (255 * x).round().byte(), "encoded": torch.cat((mu, logvar)).float()}
-    tensors["decoded"] = exact.decode(mu).float()
-    texts = {name: base64.b64encode(tensor.numpy()).decode() for name, tensor in tensors.items()}
-    codes = base64.b64encode(Path(folder, "dream_codes.png").read_bytes()).decode()
+    weights = model.state_dict()
+    buffer = io.BytesIO()  # torch.save itself would not say that a disk is full
+    torch.save(weights, buffer)
+    Path(folder, "dream_model.pt").write_bytes(buffer.getvalue())
+    model = VAE().double().requires_grad_(False)  # in full precision, for the page to check itself
+    model.load_state_dict(weights)
+    mu, logvar = model.encode(x_test.double())
+    firsts = [(dataset.targets == label).nonzero()[:10] for label in range(len(COLOURS))]
+    shown = torch.cat(firsts, dim=1).flatten()  # ten digits of each class, the classes in turn
+    digits, recon_x = x_test[shown], model.decode(mu[shown])
+    centres = torch.linspace(-EXTENT, EXTENT, 2 * CELLS + 1).double()[1::2]  # of CELLS equal cells
+    plane = torch.cartesian_prod(centres.flip(0), centres).flip(1)  # row by row, z2 falling
+    save_image(dream(model, plane), f"{folder}/dream_canvas.png", nrow=CELLS)
+    save_image(draw_codes(mu, dataset.targets, digits), f"{folder}/dream_codes.png")
+    pairs = torch.cat((digits, recon_x), dim=1)[:40].view(-1, 1, 2 * SIDE, SIDE)
+    save_image(pairs, f"{folder}/dream_mirror.png", nrow=10, padding=4, pad_value=0.35)
+    frames = [transforms.functional.to_pil_image(make_grid(images)[0]) for images in dreams]
+    times = {"duration": [500] * (len(frames) - 1) + [3000], "loop": 0}  # ms; for ever
+    frames[0].save(f"{folder}/dream_growth.gif", save_all=True, append_images=frames[1:], **times)
+
+    tensors = {**weights, "digits": (255 * digits).round().byte(), "decoded": recon_x[0].float()}
+    tensors["encoded"] = torch.cat((mu[shown[0]], logvar[shown[0]])).float()
     classes = [name.partition(" - ")[0] for name in dataset.classes]  # MNIST's are "0 - zero", ...
-    plane = {"extent": EXTENT, "cells": CELLS, "colours": COLOURS, "classes": classes}
-    data = json.dumps({**run, **plane, "beta": BETA, "codes": codes, "tensors": texts})
-    page = template.replace("const run = null;", f"const run = {data};")
+    plane = {"extent": EXTENT, "cells": CELLS, "colours": COLOURS, "classes": classes, "beta": BETA}
+    codes = base64.b64encode(Path(folder, "dream_codes.png").read_bytes()).decode()
+    data = {**run, **plane, "codes": codes, "tensors": tensors}
+    text = json.dumps(data, default=lambda tensor: base64.b64encode(tensor.numpy()).decode())
+    page = template.replace("const run = null;", f"const run = {text};")
     Path(folder, "dream_plane.html").write_text(page, encoding="utf-8")
 
 
@@ -294,10 +260,8 @@ def open_device(name):
         return torch.cuda.get_device_name() if trial.is_cuda else name
     except Exception as error:  # of many kinds: RuntimeError, AssertionError, ImportError, ...
         reason = str(error).partition("\n")[0][:300]
-        raise OSError(
-            f"PyTorch cannot use the device '{name}': {reason}\n"
-            "By default, a CUDA GPU is required. Without one: python quest_12_1.py --device cpu"
-        ) from error
+        cure = "By default, a CUDA GPU is required. Without one: python quest_12_1.py --device cpu"
+        raise OSError(f"PyTorch cannot use the device '{name}': {reason}\n{cure}") from error
 
 
 @contextlib.contextmanager
@@ -325,10 +289,8 @@ def parse_arguments(argv):
     add("--gallery", action="store_true", help="save four more pictures, the model and its page")
     add("--json", action="store_true", help="print the result as one line of JSON")
     options = parser.parse_args(argv)
-    if options.epochs < 1:
-        parser.error("--epochs must be at least 1")
-    if not 0 <= options.seed < 2**64:
-        parser.error(f"--seed must be from 0 to {2**64 - 1}")
+    if options.epochs < 1 or not 0 <= options.seed < 2**64:
+        parser.error(f"--epochs must be at least 1 and --seed from 0 to {2**64 - 1}")
     if options.gallery and LATENT_DIM != 2:
         parser.error(f"--gallery draws a plane: it needs LATENT_DIM = 2, not {LATENT_DIM}")
     return options
@@ -336,12 +298,10 @@ def parse_arguments(argv):
 
 def learn_and_dream(options):
     """Do the job of the command line; return its result, a dict. Raises OSError, and as `learn`."""
-    device_name = open_device(options.device)
-    if options.gallery:
-        path = Path(TEMPLATE).resolve()
-        if not path.is_file():
-            raise OSError(f"--gallery needs {path}: run the script in the folder of its clone.")
-        template = path.read_text(encoding="utf-8")
+    name = open_device(options.device)
+    if options.gallery and not Path(TEMPLATE).is_file():
+        raise OSError(f"--gallery needs {Path(TEMPLATE).resolve()}: run it in its clone's folder.")
+    template = Path(TEMPLATE).read_text(encoding="utf-8") if options.gallery else None
     train_dataset, test_dataset = load_data(DATA_DIR)
     x_train = images_on(options.device, train_dataset)
     x_test = images_on(options.device, test_dataset)
@@ -351,39 +311,22 @@ def learn_and_dream(options):
     start = time.perf_counter()
     model, dreams, losses = learn(x_train, x_test, options.epochs, options.seed)
     seconds = time.perf_counter() - start
-    train_losses, held_out_losses, *_ = zip(*losses)
-    _, loss, bce, kld = losses[-1]
-    result = {
-        "success": True, **vars(options), "device_name": device_name, "training_seconds": seconds,
-        "train_losses": train_losses, "held_out_losses": held_out_losses,
-        "held_out_loss": {"total": loss, "bce": bce, "kld": kld},
-    }  # fmt: skip
+    run = {**vars(options), "device_name": name, "training_seconds": seconds, "losses": losses}
     with atomic_writes(options.output) as folder:
         sample = dreams[-1]
         save_image(sample, f"{folder}/dream_sample.png")
         if options.gallery:
-            save_gallery(folder, model, x_test, test_dataset.targets, dreams)
-            save_page(folder, template, model, x_test, test_dataset, result)
-        files = [f"{options.output}/{name}" for name in sorted(os.listdir(folder))]
-    message = f"Trained in {seconds:.1f} s on {device_name}. Held-out loss: {loss:.2f} nats per "
+            save_gallery(folder, template, model.cpu(), x_test.cpu(), test_dataset, dreams, run)
+        files = [f"{options.output}/{file}" for file in sorted(os.listdir(folder))]
+    _, loss, bce, kld = losses[-1].values()
+    message = f"Trained in {seconds:.1f} s on {name}. Held-out loss: {loss:.2f} nats per "
     message += f"image, BCE {bce:.2f} + {BETA} x KLD {kld:.2f}. The dream is ready: "
-    return {**result, "files": files, "message": message + ", ".join(files)}
-
-
-def message_of(error):
-    """Return the first line of an error if a GPU is full or lost, or the loss NaN; else None."""
-    message = str(error).partition("\n")[0]
-    if "input should be between 0 and 1" in message or "device-side assert" in message:
-        return f"{message}: most likely the loss is NaN, lower LEARNING_RATE"  # BCE's own check
-    by_class = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
-    by_text = message.startswith(("CUDA error: ", "MPS backend out of memory"))  # cuBLAS's, mps's
-    return message if by_class or by_text else None
+    return {**run, "files": files, "message": message + ", ".join(files)}
 
 
 def main(argv=None):
-    """Run the command line `argv`, by default the process's own, and return the exit code.
+    """Run the command line `argv`, by default the process's own; return the exit code.
 
-    0: the files are saved. 1: an error. 130: Ctrl-C. Wrong options exit with 2; a bug is raised.
     It sets state of the process: the seed, the current GPU, and the three lines below.
     """
     options = parse_arguments(argv)
@@ -395,19 +338,22 @@ def main(argv=None):
     # 0.90 of the time on a Xeon with AMX and two threads, 0.79 with one, and the same losses.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     torch.set_default_device(None)  # if a notebook has set one: the loader shuffles on the CPU
-    result, exit_code = {"success": False}, 1
     try:
         result, exit_code = learn_and_dream(options), 0
     except KeyboardInterrupt:
-        result["message"], exit_code = "stopped by Ctrl-C.", 130
+        result, exit_code = {"message": "stopped by Ctrl-C."}, 130
     except (OSError, FloatingPointError) as error:
-        result["message"] = str(error)
+        result, exit_code = {"message": str(error)}, 1
     except RuntimeError as error:
-        result["message"] = message_of(error)
-        if result["message"] is None:
-            raise
+        message = str(error).partition("\n")[0]
+        if "input should be between 0 and 1" in message or "device-side assert" in message:
+            message += ": most likely the loss is NaN, lower LEARNING_RATE"  # found by BCE itself
+        elif not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            if not message.startswith(("CUDA error: ", "MPS backend out of memory")):
+                raise
+        result, exit_code = {"message": message}, 1
     if options.json:  # before words on standard error, which may be full
-        print(json.dumps(result))
+        print(json.dumps({"success": exit_code == 0, **result}))
     elif exit_code == 0:
         print(result["message"])
     if exit_code != 0:

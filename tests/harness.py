@@ -1,4 +1,4 @@
-"""Ways to run the script as the real process it is, in folders with real data, and to count what it computes."""
+"""Ways to run the script as the real process it is, in folders with real data, and to read what it saves."""
 
 import multiprocessing
 import os
@@ -7,21 +7,14 @@ import runpy
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import quest_12_1 as quest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "quest_12_1.py"
-TEMPLATE = ROOT / "dreams" / "plane.html"
-with warnings.catch_warnings():  # a driver that is too old warns, which would stop the collection of all tests
-    warnings.simplefilter("ignore")
-    GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+SCRIPT, TEMPLATE = ROOT / "quest_12_1.py", ROOT / "dreams" / "plane.html"
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 # Python that a process executes first: the script has only 2,000 digits of each set then, 16 steps in place of 469.
 SMALL = """
@@ -35,17 +28,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torchvision", "torch.utils.data", "torch.optim", "tqdm"])
 
 
-def put_template(folder):
-    """Give the folder the template of the gallery's page."""
-    (folder / "dreams").mkdir()
-    shutil.copy(TEMPLATE, folder / "dreams")
-
-
-def prepare(folder, gallery=False):
+def prepare(folder):
     """Give the folder what a run needs besides the script: MNIST, which all share, and the gallery's template."""
     (folder / "data").symlink_to(ROOT / "data")
-    if gallery:
-        put_template(folder)
+    (folder / "dreams").mkdir()
+    shutil.copy(TEMPLATE, folder / "dreams")
     return folder
 
 
@@ -66,22 +53,13 @@ def child(folder, name, script, arguments, prelude):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-class Run:  # the script on few digits, in a process forked from one that has done the imports, without a network
-    def __init__(self, folder, *arguments, name="run", script=SCRIPT, prelude=""):
-        self.printed = folder / f"{name}.out", folder / f"{name}.err"
-        self.process = FORKS.Process(target=child, args=(folder, name, script, arguments, prelude))
-        self.process.start()
-
-    def wait(self):
-        """Wait for the end; afterwards returncode is negative for the signal that killed it, as in subprocess."""
-        self.process.join(300)
-        self.returncode = self.process.exitcode
-        self.stdout, self.stderr = (file.read_text() for file in self.printed)
-        return self
-
-
-def run_small(folder, *arguments, **settings):
-    return Run(folder, *arguments, **settings).wait()
+def run_small(folder, *arguments, name="run", script=SCRIPT, prelude=""):
+    """Run the script on few digits, without a network, in a process forked from one that has done the imports."""
+    process = FORKS.Process(target=child, args=(folder, name, script, arguments, prelude))
+    process.start()
+    process.join(300)
+    printed = [(folder / f"{name}.{end}").read_text() for end in ("out", "err")]
+    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
 
 
 def edited(folder, name, value):
@@ -103,22 +81,3 @@ def draws(seed, count):
     """The points of the dreams and the noise of the evaluation that a seed decides: (64, 2), (count, 2)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(64, 2, generator=generator), torch.randn(count, 2, generator=generator)
-
-
-def operations_of_a_step(device):
-    """How many operations a training step of `learn` computes: those for two batches, less those for one."""
-    free = {"select", "view", "t", "expand", "detach", "empty", "_record_function_enter_new", "_record_function_exit"}
-    names, counts = [], []
-
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
-            names.append(operation.__name__.split(".")[0])
-            return operation(*arguments, **(named or {}))
-
-    for batches in (1, 2):
-        names.clear()
-        x = torch.rand(batches * quest.BATCH_SIZE, quest.PIXELS, device=device)
-        with Operations():
-            quest.learn(x, x[:1], epochs=1)
-        counts.append(sum(name not in free for name in names))
-    return counts[1] - counts[0]

@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 import torch
-from harness import GPUS, SCRIPT, Run, prepare, run_small
+from harness import GPUS, SCRIPT, run_small
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -52,24 +52,17 @@ class Far(TorchDispatchMode):
         return tree_map_only(torch.Tensor, FarTensor, result) if side == "far" else result
 
 
-def test_a_second_device_gives_the_same_files_and_training_waits_for_it_once_an_epoch(tmp_path):
-    prepare(tmp_path, gallery=True)
-    job = ["--gallery", "--epochs", "2", "--output"]
-    near = Run(tmp_path, *job, "near", name="near")
-    far = Run(tmp_path, *job, "far", "--device", "far:0", name="far", prelude=PRELUDE)  # at the same time
-    assert (near.wait().returncode, far.wait().returncode) == (0, 0), near.stderr + far.stderr
+def test_a_second_device_gives_the_same_files_training_waits_once_an_epoch_and_no_tensors_mix(folder):
+    near = run_small(folder, "--gallery", "--epochs", "2", "--output", "near")
+    far = run_small(folder, "--gallery", "--epochs", "2", "--output", "far", "--device", "far:0", prelude=PRELUDE)
+    assert (near.returncode, far.returncode) == (0, 0), near.stderr + far.stderr
     for name in "sample.png canvas.png codes.png mirror.png growth.gif model.pt".split():
-        assert (tmp_path / f"near/dream_{name}").read_bytes() == (tmp_path / f"far/dream_{name}").read_bytes(), name
-    assert all(weight.is_cpu for weight in torch.load(tmp_path / "far/dream_model.pt").values())  # no map_location
+        assert (folder / f"near/dream_{name}").read_bytes() == (folder / f"far/dream_{name}").read_bytes(), name
+    assert all(weight.is_cpu for weight in torch.load(folder / "far/dream_model.pt").values())  # no map_location
     weights, frames = 2 * 5, 1 + 2  # matrix and bias of five layers; before training and after each epoch
     setup = ["open_device reads"] + 2 * ["images_on writes"] + (weights + 2) * ["learn writes"]  # z and eps
     epoch = ["train_epoch reads", "evaluate reads"]  # loss, held-out loss
-    sample, reads, writes = ["learn_and_dream reads"], ["save_gallery reads"], ["save_gallery writes"]
-    gallery = writes + 3 * reads + writes + reads + (frames + weights) * reads  # canvas, mu, x, mirror, growth, model
-    page = weights * ["save_page reads"] + ["save_page writes", "save_page reads"]  # model, digits
-    assert far.stdout.splitlines()[:-1] == setup + 2 * epoch + sample + gallery + page  # the last line is the message
-
-
-def test_an_operation_on_tensors_of_both_devices_stops_the_job(tmp_path):
-    mixed = run_small(tmp_path, prelude=PRELUDE + "import torch; torch.zeros(2, device='far:0') + torch.zeros(2)")
+    end = (1 + 2 * weights + 1) * ["learn_and_dream reads"] + frames * ["save_gallery reads"]  # gradients too, x_test
+    assert far.stdout.splitlines()[:-1] == setup + 2 * epoch + end  # the last line is the message
+    mixed = run_small(folder, prelude=PRELUDE + "import torch; torch.zeros(2, device='far:0') + torch.zeros(2)")
     assert mixed.returncode == 1 and "tensors on two devices" in mixed.stderr
