@@ -8,19 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIDES = {"textbook": ["tests/plain.py"], "this project": ["quest_12_1.py", "--json"]}
 COLUMNS = ["whole run, s", "training, s", "peak memory, MiB", "held-out loss, nats per image"]
 
 
 def measure(folder, script, *arguments):
     """Run one process to its end; return its figures in the order of COLUMNS, and what its line of JSON says."""
-    start = time.perf_counter()
-    with subprocess.Popen([sys.executable, ROOT / script, *arguments], cwd=folder, stdout=subprocess.PIPE) as process:
+    command, start = [sys.executable, f"{ROOT}/{script}", *arguments], time.perf_counter()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:
         said = json.loads(process.stdout.read())
         _, process.returncode, usage = os.wait4(process.pid, 0)
     memory, seconds = usage.ru_maxrss / 1024, time.perf_counter() - start
@@ -38,7 +37,7 @@ def main():
     options = parser.parse_args()
     runs = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        os.symlink(ROOT / "data", Path(folder) / "data")
+        os.symlink(f"{ROOT}/data", f"{folder}/data")
         for turn in range(options.rounds + 1):  # the first, of one epoch, warms up
             job = ["--device", options.device, "--epochs", str(options.epochs if turn else 1), "--seed", str(turn)]
             for side, command in SIDES.items():

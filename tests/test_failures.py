@@ -127,7 +127,7 @@ def raised(error, text, last_line=None, where="sigmoid"):
 
 LIMIT = "import resource, sys; resource.setrlimit(resource.RLIMIT_{}, ({}, -1)); sys.argv.append('--gallery')"
 MEMORY = "60_000_000 + resource.getpagesize() * int(open('/proc/self/statm').read().split()[0])"  # little more than now
-UNCHECKED = "torch.nn.functional.binary_cross_entropy = lambda x, *_, **__: x.sum() * float('nan')"  # as on ROCm, mps
+UNCHECKED = "torch.nn.functional.binary_cross_entropy = lambda x, *_, **__: x.sum() * float('nan' if {} else 1)"
 TAKEN = "import os, sys; os.makedirs('out/dream_sample.png'); sys.argv += ['--output', 'out']"
 BUG = "Expected all tensors to be on the same device, but got mat1 is on cpu (in method wrapper_CUDA_addmm)"
 CTRL_C, RATE = "quest_12_1.py: stopped by Ctrl-C.", "quest_12_1.py: .*lower LEARNING_RATE"
@@ -136,10 +136,11 @@ ENDS = {  # one setting of the script, Python to execute first, the last line; i
     "a full GPU": raised("torch.OutOfMemoryError", "HIP out of memory. Tried to allocate 20.00 MiB."),
     "a GPU full at its first product": raised("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."),
     "a full GPU of Apple's": raised("RuntimeError", "MPS backend out of memory (MPS allocated: 8.00 GB)"),
-    "a lost GPU": raised("torch.AcceleratorError", "CUDA error: unspecified launch failure"),
+    "a lost GPU": raised("torch.AcceleratorError", "HIP error: unspecified launch failure"),
     "a GPU that fails at once": raised("torch.cuda.DeferredCudaCallError", "CUDA failed", "By default, .*", "zeros"),
     "a loss that is NaN": (("LEARNING_RATE", "1e3"), "", RATE),
-    "a loss that is NaN on ROCm or mps": ((), UNCHECKED, RATE),
+    "a loss that is NaN on ROCm or mps": ((), UNCHECKED.format("x.requires_grad"), RATE),
+    "a held-out loss that is NaN there": ((), UNCHECKED.format("not x.requires_grad"), RATE),
     "a loss that is NaN on CUDA": raised("torch.AcceleratorError", "CUDA error: device-side assert triggered", RATE),
     "Ctrl-C before training": ((), signal(2, "torchvision.transforms.ToTensor"), CTRL_C),
     "Ctrl-C in training": ((), signal(2, "torch.optim.Adam.step"), CTRL_C),

@@ -89,12 +89,13 @@ def test_the_codes_are_dots_in_the_colours_of_the_classes_on_the_canvas_s_frame_
     assert (distances.round().int().bincount() > torch.tensor([-1, 300, 600, 900])).all()
 
 
-def test_the_mirror_shows_the_first_four_digits_of_each_class_above_their_reconstructions(gallery, kept, held_out):
-    x, targets = held_out
-    of_class = [[index for index in range(200) if targets[index] == label] for label in range(10)]
-    digits = x[[of_class[label][nth] for nth in range(4) for label in range(10)]]
+def test_mirror_and_codes_show_held_out_digits_above_their_reconstructions_and_at_their_mu(gallery, kept, held_out):
+    x, targets = held_out[0][:2000], held_out[1][:2000]
+    digits = torch.stack([x[targets == label][:4] for label in range(10)], dim=1).view(40, 784)  # four of each class
     pairs = torch.cat((digits, kept.decode(kept.encode(digits)[0])), dim=1).view(40, 1, 56, 28)
     assert apart(gallery[0] / "dream_mirror.png", pairs, nrow=10, padding=4, pad_value=0.35) < 1
+    codes = 255 * quest.draw_codes(kept.encode(x)[0], targets, digits[:10]).permute(1, 2, 0)
+    assert (levels(gallery[0] / "dream_codes.png", "RGB") - codes).abs().mean() < 0.1
 
 
 def test_the_growth_shows_the_sample_s_dreams_before_training_and_after_each_epoch(gallery):

@@ -162,12 +162,12 @@ seed, of_process, of_cpu = before = state()
 import quest_12_1 as quest
 assert state() == before and of_cpu[0] > 0 and of_cpu[1] == "none"
 assert not torch.cuda.is_initialized() and sorted(os.listdir()) == ["data", "dreams", "run.err", "run.out"]
-learn, seen = quest.learn, []
+learn, seen, quest.BETA = quest.learn, [], 30
 learn(*(quest.images_on("cpu", dataset) for dataset in quest.load_data("data")), epochs=1)
 assert state()[0] != seed and state()[1:] == (of_process, of_cpu)
-quest.learn = lambda *arguments: (seen.append(state()), learn(*arguments))[1]
+quest.learn = lambda *arguments: (seen.append((state()[1:], arguments[2:])), learn(*arguments))[1]
 assert quest.main(["--device", "cpu", "--epochs", "1"]) == 0
-assert seen[0][1:] == state()[1:] == (of_process, (0, "bf16"))  # before training too
+assert seen == [(state()[1:], (1, 0, 2, 30))] and state()[1:] == (of_process, (0, "bf16"))  # before training too
 raise SystemExit
 """
 
