@@ -334,7 +334,7 @@ def main(argv=None):
     # denormals, numbers below 1e-38, slow on many CPUs: flushed to 0, 0.83 of the time on a Xeon.
     torch.set_flush_denormal(True)  # in this thread and those it starts
     # The CPU's matrix products by oneDNN, rounded to bfloat16 where the processor multiplies that:
-    # 0.90 of the time on a Xeon with AMX and two threads, 0.79 with one, and the same losses.
+    # 0.90 of the time on a Xeon with AMX and two threads, 0.79 with one; losses as without it.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     torch.set_default_device(None)  # if a notebook has set one: the loader shuffles on the CPU
     try:
