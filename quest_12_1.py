@@ -175,7 +175,7 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, latent_dim=LATENT_DIM, beta
     """Train a VAE on x_train: (N, PIXELS), on its device; evaluate it on x_test: (M, PIXELS).
 
     Returns the model; SAMPLES dreams before training and after each epoch; and each epoch's losses,
-    in nats per image. Sets the process's seed. NaN raises FloatingPointError, in BCE RuntimeError.
+    in nats per image. Sets the process's seed. Raises FloatingPointError at NaN, if BCE has not.
     """
     torch.manual_seed(seed)
     model = VAE(latent_dim=latent_dim).to(x_train.device)
@@ -218,7 +218,7 @@ def draw_codes(mu, targets, digits):
 
 def save_gallery(folder, template, model, x_test, dataset, dreams, run):
     """Save four pictures, the model and its page; model, x_test: on the CPU; dreams: by epoch."""
-    exact = copy.deepcopy(model).double().requires_grad_(False)  # for the page to check itself by
+    exact = copy.deepcopy(model).double().requires_grad_(False)  # for pictures and the page
     mu, logvar = exact.encode(x_test.double())
     firsts = [(dataset.targets == label).nonzero()[:10] for label in range(len(COLOURS))]
     shown = torch.cat(firsts, dim=1).flatten()  # ten digits of each class: 0, 1, ..., 9, 0, 1, ...
@@ -330,8 +330,8 @@ def main(argv=None):
     """
     options = parse_arguments(argv)
     # In 50 steps some 150 of fc1's 400 units die: x >= 0, so a step moves most weights of a unit
-    # one way, until it is 0 for all images. Harmless, but Adam's average of its gradient decays to
-    # denormals, numbers below 1e-38, slow on many CPUs: flushed to 0, 0.83 of the time on a Xeon.
+    # one way, and a few steps down make it 0 for all images. Harmless, but Adam's average of its
+    # gradient decays to denormals, below 1e-38, slow on many CPUs: flushed, 0.83 of a Xeon's time.
     torch.set_flush_denormal(True)  # in this thread and those it starts
     # The CPU's matrix products by oneDNN, rounded to bfloat16 where the processor multiplies that:
     # 0.90 of the time on a Xeon with AMX and two threads, 0.79 with one; losses as without it.
