@@ -191,7 +191,7 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, latent_dim=LATENT_DIM, beta
         train_loss = train_epoch(model, optimizer, tqdm(train_loader, title, leave=False), beta)
         loss, bce, kld = evaluate(model, x_test, eps, beta)
         if not math.isfinite(train_loss + loss):
-            raise FloatingPointError(f"the loss is {train_loss}: lower LEARNING_RATE")
+            raise FloatingPointError(f"loss {train_loss}, held-out {loss}: lower LEARNING_RATE")
         report = f"loss {train_loss:.2f}, held-out loss {loss:.2f} nats per image"
         print(f"{title}: {report}", file=sys.stderr)
         losses.append({"train": train_loss, "held_out": loss, "bce": bce, "kld": kld})
