@@ -36,6 +36,7 @@ def gallery(tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp("gallery"))
     result = run_small(folder, "--gallery", "--json", "--epochs", "2", "--seed", "3", "--output", "runs/seed 3")
     assert result.returncode == 0 and not (folder / "dreams" / "dream_sample.png").exists(), result.stderr
+    assert result.stdout.count("\n") == 1 and result.stdout.endswith("\n")  # the one line of --json
     return folder / "runs" / "seed 3", json.loads(result.stdout)
 
 

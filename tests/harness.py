@@ -36,10 +36,9 @@ def prepare(folder):
     return folder
 
 
-def run(folder, *arguments, **settings):
+def run(folder, *arguments):
     """Run the script in a fresh interpreter in `folder`, to its end."""
-    settings = {"capture_output": True, "text": True, "timeout": 300, **settings}
-    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=folder, **settings)
+    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def child(folder, name, script, arguments, prelude):

@@ -31,7 +31,7 @@ def picture(folder, leftovers=0):
 
 def signal(number, moment):
     """Python after which the process gets a real signal when it comes to calling the function `moment`."""
-    return f"import os, torchvision, PIL.Image; {moment} = lambda *_, **__: os.kill(os.getpid(), {number})"
+    return f"import os, PIL.Image; {moment} = lambda *_, **__: os.kill(os.getpid(), {number})"
 
 
 @pytest.mark.parametrize("moment", ["PIL.Image.Image.save", "os.replace"])

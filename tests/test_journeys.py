@@ -60,7 +60,7 @@ def test_a_wrong_command_line_exits_with_2_usage_and_reason(tmp_path, monkeypatc
 
 
 def test_json_puts_one_line_on_standard_output_with_the_documented_keys(gallery):
-    answer = gallery[1]  # that of the one line
+    answer = gallery[1]
     keys = re.search(r"With `--json`.*?(?=\n\n)", README, re.DOTALL)[0]
     assert {*answer, *answer["losses"][0]} == set(re.findall(r"`(\w+)`", keys)) and answer["success"] is True
     assert [answer[key] for key in ("device", "epochs", "seed", "output")] == ["cpu", 2, 3, "runs/seed 3"]
@@ -70,7 +70,7 @@ def test_json_puts_one_line_on_standard_output_with_the_documented_keys(gallery)
 
 
 def test_the_time_of_training_is_that_of_all_epochs_and_of_nothing_else(folder):
-    slow = """import time, torch, torchvision
+    slow = """import time
 adam, load = torch.optim.Adam.step, torchvision.datasets.MNIST._load_data
 torch.optim.Adam.step = lambda *arguments: (time.sleep(0.05), adam(*arguments))[1]
 torchvision.datasets.MNIST._load_data = lambda self: (time.sleep(2), load(self))[1]"""

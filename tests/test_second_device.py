@@ -39,9 +39,9 @@ class Far(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), named=None):
         leaves, structure = tree_flatten((arguments, named or {}))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        # As on a GPU, a tensor of the CPU may take part if it is one number, or the index of a far one.
+        # As on a GPU, a tensor of the CPU may take part if it is one number.
         sides = {tensor.device.type for tensor in tensors if tensor.is_far or tensor.dim()}
-        assert len(sides) < 2 or operation.__name__ == "index.Tensor" and tensors[0].is_far, "tensors on two devices"
+        assert len(sides) < 2, "tensors on two devices"
         arguments, named = tree_unflatten([getattr(leaf, "near", leaf) for leaf in leaves], structure)
         side = torch.device(named.pop("device", None) or max(sides, default="cpu")).type  # the result's: "far" > "cpu"
         goal = "cpu" if torch.Tag.data_dependent_output in operation.tags else side  # .item() gives Python a number
@@ -64,5 +64,5 @@ def test_a_second_device_gives_the_same_files_training_waits_once_an_epoch_and_n
     epoch = ["train_epoch reads", "evaluate reads"]  # loss, held-out loss
     end = (1 + 2 * weights + 1) * ["learn_and_dream reads"] + frames * ["save_gallery reads"]  # gradients too, x_test
     assert far.stdout.splitlines()[:-1] == setup + 2 * epoch + end  # the last line is the message
-    mixed = run_small(folder, prelude=PRELUDE + "import torch; torch.zeros(2, device='far:0') + torch.zeros(2)")
+    mixed = run_small(folder, prelude=PRELUDE + "torch.zeros(2, device='far:0') + torch.zeros(2)")
     assert mixed.returncode == 1 and "tensors on two devices" in mixed.stderr
