@@ -1,16 +1,33 @@
 """On a GPU: the job as a user starts it, and the promises that only a GPU can keep or break."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from harness import GPUS, ROOT, run
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 import quest_12_1 as quest
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="no CUDA device here")
+
+
+@pytest.fixture
+def learner(model, held_out):
+    """A model with its optimizer and a loader of 2,000 digits, 15 batches of 128 and one of 80, all on the GPU."""
+    model = model.to("cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True, capturable=True)
+    return model, optimizer, DataLoader(held_out[0][:2000].to("cuda"), batch_size=128, shuffle=True)
+
+
+def main_in_process(folder, prelude, *arguments):
+    """Run the script's `main` in a fresh interpreter, after the Python `prelude`, in which it is called q."""
+    job = f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import quest_12_1 as q; {prelude}; sys.exit(q.main())"
+    command = [sys.executable, "-c", job, "--epochs", "1", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_the_main_job_without_any_argument_trains_on_the_gpu(folder):
@@ -29,8 +46,12 @@ def test_the_same_seed_dreams_the_same_bytes_on_the_gpu(folder):
 
 
 def test_from_the_same_weights_batches_and_noise_five_steps_on_the_gpu_reach_the_cpu_s_weights(held_out, monkeypatch):
-    """Five, since the first step of Adam is only a sign. The noise is drawn on the CPU for both."""
-    monkeypatch.setattr(torch, "randn_like", lambda std: torch.randn(std.shape, device="cpu").to(std.device))
+    """Five, since the first step of Adam is only a sign. The noise is a function of its place, so that both draw it."""
+
+    def noise(std):
+        return 1.4 * torch.sin(0.7 * torch.arange(std.numel(), device=std.device)).view_as(std)
+
+    monkeypatch.setattr(torch, "randn_like", noise)
     x, x_test = held_out[0][:640], held_out[0][640:]
     cpu, gpu = (quest.learn(x.to(device), x_test.to(device), 1) for device in ("cpu", "cuda"))
     for name, weight in cpu[0].state_dict().items():
@@ -40,15 +61,13 @@ def test_from_the_same_weights_batches_and_noise_five_steps_on_the_gpu_reach_the
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_no_step_of_an_epoch_waits_for_the_gpu(model, held_out):
-    model = model.to("cuda")
-    optimizer = torch.optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True)
-    loader = DataLoader(held_out[0][:2000].to("cuda"), batch_size=128, shuffle=True)
-    quest.train_epoch(model, optimizer, loader)  # sets up
+def test_once_captured_no_step_of_an_epoch_waits_for_the_gpu(learner):
+    model, optimizer, loader = learner
 
     def watched():
-        """The loader's batches; any wait is an error from the first on to the end of the last."""
+        """The loader's batches; any wait is an error from the third on, before which the capture itself waits."""
         batches = iter(loader)
+        yield next(batches)
         yield next(batches)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -61,8 +80,36 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(model, held_out):
     assert 100 < quest.train_epoch(model, optimizer, watched()) < 600
 
 
+def test_an_epoch_launches_a_graph_for_each_batch_but_two(learner):
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        quest.train_epoch(*learner)
+    assert sum("GraphLaunch" in event.name for event in profiler.events()) == 14  # not the first, nor the smaller last
+
+
+def test_a_second_learn_leaves_no_more_memory_in_use_than_the_first(held_out):
+    x, in_use = held_out[0][:2000].to("cuda"), []
+    for _ in range(3):
+        quest.learn(x, x[:100], epochs=2)
+        in_use.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert in_use[1] == in_use[2]
+
+
+FAULTS = {  # Python before the job, what the message says
+    "a real NaN": ("q.LEARNING_RATE = 1e3", r"CUDA error: device-side assert triggered.*NaN.*LEARNING_RATE.*\[0, 1\]"),
+    "a full GPU": ("torch.cuda.set_per_process_memory_fraction(0.003)", "CUDA out of memory.*"),
+}
+
+
+@pytest.mark.parametrize(("prelude", "said"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_the_gpu_is_one_message(folder, prelude, said):
+    result = main_in_process(folder, prelude)
+    message = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and re.fullmatch(f"quest_12_1.py: {said}", message) and len(message) < 320
+    assert "Traceback" not in result.stderr and not (folder / "dreams" / "dream_sample.png").exists()
+
+
 @pytest.mark.skipif(GPUS < 2, reason="only one CUDA device here")
-def test_training_on_the_second_gpu_leaves_the_first_alone(folder, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    job = "import sys, torch, quest_12_1 as q; sys.exit(q.main(sys.argv[1:]) or torch._C._cuda_hasPrimaryContext(0))"
-    subprocess.run([sys.executable, "-c", job, "--device", "cuda:1", "--epochs", "1"], cwd=folder, check=True)
+def test_training_on_the_second_gpu_leaves_the_first_alone(folder):
+    looked = "main = q.main; q.main = lambda: main() or torch._C._cuda_hasPrimaryContext(0)"
+    result = main_in_process(folder, looked, "--device", "cuda:1")
+    assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@ from harness import ROOT, SCRIPT, edited, run_small
 import quest_12_1 as quest
 
 EARLIER = b"an earlier picture"
+PAGE = Path("dreams/plane.html")
 TRAIN = Path("data/MNIST/raw/train-images-idx3-ubyte")
 
 # Root ignores permissions, unless it gives up its capabilities, as here: 0x20080522 is the version of the call.
@@ -51,7 +52,8 @@ FAULTS = {  # what is done in a folder with data, Python to execute first, what 
     "a file is of another format": (lambda: TRAIN.write_bytes(b"PK\3\4" + TRAIN.read_bytes()[4:]), "", DATA),
     "the labels are cut short": (lambda: os.truncate(TRAIN.with_name("t10k-labels-idx1-ubyte"), 10), "", DATA),
     "a file cannot be read": (lambda: TRAIN.chmod(0), WITHOUT_PRIVILEGE, (*DATA, "Permission denied")),
-    "the page's template is missing": (Path("dreams/plane.html").unlink, "", ("/dreams/plane.html", DATA[1])),
+    "the page's template is missing": (PAGE.unlink, "", ("/dreams/plane.html", DATA[1])),
+    "the template is another file": (lambda: PAGE.write_text("<html>"), "", ("/dreams/plane.html", DATA[1])),
     "the folder is a file": (lambda: Path("out").touch(), "", ("'out' (--output): ", "File exists: 'out'")),
     "the folder is read-only": (lambda: os.mkdir("out", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'out/",)),
     "the folder cannot be made": (lambda: os.chmod(".", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'out'",)),
@@ -120,9 +122,9 @@ def test_a_device_that_is_not_there_is_one_message_with_the_reason(tmp_path, mon
 
 
 def raised(error, text, last_line=None, where="sigmoid"):
-    """A row of ENDS: an operation of PyTorch raises an error of several lines, the first of which is the message."""
+    """A row of ENDS: an operation of PyTorch raises an error of several lines; the first, cut, is the message."""
     raises = f"def failing(*_, **__): raise {error}({text + chr(10) + 'For debugging ...'!r})\ntorch.{where} = failing"
-    return (), raises, last_line or f"quest_12_1.py: {re.escape(text)}"
+    return (), raises, last_line or f"quest_12_1.py: {re.escape(text[:200])}"
 
 
 LIMIT = "import resource, sys; resource.setrlimit(resource.RLIMIT_{}, ({}, -1)); sys.argv.append('--gallery')"
@@ -131,17 +133,24 @@ UNCHECKED = "torch.nn.functional.binary_cross_entropy = lambda x, *_, **__: x.su
 TAKEN = "import os, sys; os.makedirs('out/dream_sample.png'); sys.argv += ['--output', 'out']"
 BUG = "Expected all tensors to be on the same device, but got mat1 is on cpu (in method wrapper_CUDA_addmm)"
 CTRL_C, RATE = "quest_12_1.py: stopped by Ctrl-C.", "quest_12_1.py: .*lower LEARNING_RATE"
+BCE = RATE.replace(".*", "{}.*NaN.*") + r".*outside \[0, 1\]"  # both causes
+ASSERT = "CUDA error: device-side assert triggered"
+FULL = "HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.98 GiB of which 12.00 MiB is "
+FULL += "free. Process 4242 has 23.90 GiB memory in use. Of the allocated memory 23.10 GiB is allocated by PyTorch ..."
+NORMALIZE = "torchvision.transforms.ToTensor.__call__ = lambda self, x, made=torchvision.transforms.ToTensor.__call__: "
+NORMALIZE += "(made(self, x) - 0.1307) / 0.3081"
 SAVED = r"quest_12_1.py: not all can be saved in '{}' \(--output\): .*"
 ENDS = {  # one setting of the script, Python to execute first, the last line; it is a message, or that of a traceback
-    "a full GPU": raised("torch.OutOfMemoryError", "HIP out of memory. Tried to allocate 20.00 MiB."),
+    "a full GPU": raised("torch.OutOfMemoryError", FULL),
     "a GPU full at its first product": raised("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."),
     "a full GPU of Apple's": raised("RuntimeError", "MPS backend out of memory (MPS allocated: 8.00 GB)"),
     "a lost GPU": raised("torch.AcceleratorError", "HIP error: unspecified launch failure"),
     "a GPU that fails at once": raised("torch.cuda.DeferredCudaCallError", "CUDA failed", "By default, .*", "zeros"),
-    "a loss that is NaN": (("LEARNING_RATE", "1e3"), "", RATE),
+    "a loss that is NaN": (("LEARNING_RATE", "1e3"), "", BCE.format("all elements of input")),
+    "images that are not in [0, 1]": ((), NORMALIZE, BCE.format("all elements of target")),
     "a loss that is NaN on ROCm or mps": ((), UNCHECKED.format("x.requires_grad"), RATE),
     "a held-out loss that is NaN there": ((), UNCHECKED.format("not x.requires_grad"), RATE),
-    "a loss that is NaN on CUDA": raised("torch.AcceleratorError", "CUDA error: device-side assert triggered", RATE),
+    "a loss that is NaN on CUDA": raised("torch.AcceleratorError", ASSERT, BCE.format(ASSERT)),
     "Ctrl-C before training": ((), signal(2, "torchvision.transforms.ToTensor"), CTRL_C),
     "Ctrl-C in training": ((), signal(2, "torch.optim.Adam.step"), CTRL_C),
     "Ctrl-C in saving": ((), signal(2, "PIL.Image.Image.save"), CTRL_C),

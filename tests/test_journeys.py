@@ -1,5 +1,6 @@
 """What a user does and sees: the whole job, its options, its recipe changed, and its refusals."""
 
+import ast
 import json
 import re
 
@@ -44,7 +45,7 @@ def test_the_dream_is_an_8x8_grid_of_digits_and_no_noise(main_job, held_out):
 
 WRONG = {
     "--epochs 0": "--epochs must be at least 1", "--epochs ten": "invalid int value: 'ten'",
-    "--seed -1": "--seed from 0 to", f"--seed {2**64}": "--seed from 0 to",
+    "--seed -1": "--seed must be from 0 to", f"--seed {2**53}": "--seed must be from 0 to",
     "--epo 3": "unrecognized arguments: --epo 3", "--gallery": "it needs LATENT_DIM = 2",
 }  # fmt: skip
 
@@ -83,7 +84,6 @@ ODD = {  # Python to execute first
     "no bar": """import os; os.environ["TQDM_DISABLE"] = "1"  # tqdm's own variable, usual in batch jobs, read on import
 for name in [name for name in sys.modules if name.startswith("tqdm")]: del sys.modules[name]""",
     "in a cell": f"sys.argv[0] = 'cell.py'; open('cell.py', 'w').write({CELL!r})",
-    "default device": "torch.set_default_device('meta')",
     "as on NFS": "def rmdir(path, **_): raise OSError(39, 'Directory not empty', path)\nimport os; os.rmdir = rmdir",
     # Fashion-MNIST is not in the repository: MNIST's files stand in for its own, which have the same names.
     "another data set": """import os; os.rename('data', 'd'); os.mkdir('data')
@@ -162,16 +162,34 @@ seed, of_process, of_cpu = before = state()
 import quest_12_1 as quest
 assert state() == before and of_cpu[0] > 0 and of_cpu[1] == "none"
 assert not torch.cuda.is_initialized() and sorted(os.listdir()) == ["data", "dreams", "run.err", "run.out"]
-learn, seen, quest.BETA = quest.learn, [], 30
+learn, seen = quest.learn, []
 learn(*(quest.images_on("cpu", dataset) for dataset in quest.load_data("data")), epochs=1)
 assert state()[0] != seed and state()[1:] == (of_process, of_cpu)
-quest.learn = lambda *arguments: (seen.append((state()[1:], arguments[2:])), learn(*arguments))[1]
-assert quest.main(["--device", "cpu", "--epochs", "1"]) == 0
-assert seen == [(state()[1:], (1, 0, 2, 30))] and state()[1:] == (of_process, (0, "bf16"))  # before training too
+quest.learn = lambda *arguments: (seen.append((state()[2], arguments[2:])), learn(*arguments))[1]
+os.rename("data", "d")
+sizes = dict(HIDDEN=30, LATENT_DIM=3, BETA=30, BATCH_SIZE=300, LEARNING_RATE=0.01, SAMPLES=16)
+vars(quest).update(sizes, EPOCHS=1, SEED=5, DREAMS_DIR="nap", DATA_DIR="d")
+for rounds in (False, True):  # a processor that has instructions for bfloat16, or none
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": rounds}
+    assert quest.main(["--device", "cpu"]) == 0 and os.listdir("nap") == ["dream_sample.png"]
+    assert seen.pop() == ((0, "bf16" if rounds else "none"), (1, 5, 30, 3, 30, 300, 0.01, 16))
+    assert state()[1:] == (of_process, (0, "none")) and torch.get_float32_matmul_precision() == "highest"
 raise SystemExit
 """
 
 
-def test_of_the_process_s_state_an_import_sets_none_learn_the_seed_and_main_two_things_of_the_cpu(folder):
+def test_main_hands_on_each_setting_as_it_is_then_and_leaves_behind_the_seed_and_flushed_denormals_alone(folder):
     result = run_small(folder, "--epochs", "nonsense", prelude=STATE)
-    assert result.returncode == 0 and "Trained in" in result.stdout, result.stderr
+    assert result.returncode == 0 and "1 x" not in result.stdout and "+ 30 x KLD" in result.stdout, result.stderr
+    assert levels(folder / "nap" / "dream_sample.png").shape == (62, 242)  # two rows of eight
+
+
+def test_a_line_of_json_is_one_write_as_many_jobs_that_append_to_one_file_need(folder):
+    written = """import os, sys
+class Out:
+    write = staticmethod(lambda text: os.write(1, f"{text!r}\\n".encode()) and len(text))
+    flush = staticmethod(lambda: None)
+sys.stdout = Out"""
+    result = run_small(folder, "--json", "--epochs", "1", prelude=written)
+    (line,) = map(ast.literal_eval, result.stdout.splitlines())
+    assert line.endswith("}\n") and json.loads(line)["success"] is True
