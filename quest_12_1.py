@@ -37,7 +37,7 @@ from tqdm import tqdm
 SIDE = 28  # pixels, height and width of an image in MNIST's format
 PIXELS = SIDE * SIDE  # values in [0, 1] that make one image
 
-# ---- Settings: `main` reads them all when it runs, and hands them on as arguments ----------------
+# ---- Settings: read when `main` runs and handed on; functions' defaults are those at the import --
 HIDDEN = 400  # units per hidden layer: with 200 the loss is 2 nats higher, with 800 about 1 lower
 LATENT_DIM = 2  # numbers in z, the code of an image: 2 make a plane, which can be drawn
 DATASET = datasets.MNIST  # or datasets.FashionMNIST, datasets.KMNIST: the same format
@@ -204,9 +204,9 @@ class CapturedStep:
     """Do what step(x) does, on the current CUDA GPU: recorded as a CUDA graph, then replayed.
 
     A step is 76 short kernels: 0.3 ms of an H100's time, but 1.9 ms of its CPU's to launch them. A
-    graph is launched as one: the same kernels, so the same bytes, with new noise each time. A
-    replay runs no Python. So each batch is copied to where the recorded one was, and the loss is
-    read before the next replay overwrites it; a Python number that changes after the recording, as
+    graph is launched as one: the same kernels, so the same bytes, with new noise each time. Python
+    does not run again: each batch is copied to where the recorded one was, the loss is to be read
+    before the next replay overwrites it, and a Python number that changes after the recording, as
     beta or the learning rate may, has no effect until the next epoch, which records anew.
     """
 
@@ -253,12 +253,11 @@ def draw_codes(mu, targets, digits, size):
 
 
 @torch.no_grad()
-def save_gallery(folder, template, model, x_test, dataset, dreams, run):
+def save_gallery(folder, page, model, x_test, dataset, dreams, run):
     """Save four pictures, the model and the page that shows it; model and x_test: on the CPU."""
     mu, logvar = model.encode(x_test)
-    firsts = [(dataset.targets == label).nonzero()[:10] for label in range(len(COLOURS))]
-    shown = torch.cat(firsts, dim=1).flatten()  # ten digits of each class: 0, 1, ..., 9, 0, 1, ...
-    digits, recon_x = x_test[shown], model.decode(mu[shown])
+    shown = torch.cat([(dataset.targets == k).nonzero()[:10] for k in range(10)], dim=1).flatten()
+    digits, recon_x = x_test[shown], model.decode(mu[shown])  # ten of each class: 0, 1, ..., 9, 0
     centres = torch.linspace(-EXTENT, EXTENT, 2 * CELLS + 1)[1::2]  # of the canvas's cells
     z1, z2 = torch.meshgrid(centres, -centres, indexing="xy")  # z1 grows in a row, z2 falls by row
     canvas = make_grid(dream(model, torch.stack((z1, z2), dim=2).view(-1, 2)), nrow=CELLS)
@@ -282,7 +281,8 @@ def save_gallery(folder, template, model, x_test, dataset, dreams, run):
     plane = {"extent": EXTENT, "cells": CELLS, "colours": COLOURS, "classes": classes}
     run = {**run, **plane, "codes": codes, "tensors": tensors}
     text = json.dumps(run, default=lambda tensor: base64.b64encode(tensor.numpy()).decode())
-    Path(folder, "dream_plane.html").write_text(f"const run = {text};".join(template), "utf-8")
+    page = page.replace("const run = null;", f"const run = {text};")
+    Path(folder, "dream_plane.html").write_text(page, encoding="utf-8")
 
 
 # ---- Devices, files and the command line ---------------------------------------------------------
@@ -317,9 +317,8 @@ def run_job(options):
     """Learn, dream and save; return the result, a dict. Raises OSError, and what `learn` raises."""
     device_name = open_device(options.device)
     path = Path("dreams/plane.html").resolve()  # the template of the gallery's page
-    found = options.gallery and path.is_file()
-    template = path.read_text("utf-8").split("const run = null;") if found else []
-    if options.gallery and len(template) != 2:  # what stands before and after the model
+    page = path.read_text("utf-8") if options.gallery and path.is_file() else ""
+    if options.gallery and page.count("const run = null;") != 1:  # where the model goes
         raise OSError(f"--gallery needs {path} as git has it: run it in its clone's folder.")
     try:
         train_dataset, test_dataset = load_data(DATA_DIR, DATASET)
@@ -327,28 +326,26 @@ def run_job(options):
         folder = Path(DATA_DIR, DATASET.__name__).resolve()
         cure = "Run it in its clone's folder or online. Damaged MNIST: git checkout -- data/MNIST"
         raise OSError(f"{folder} can be neither read nor downloaded: {error!r}\n{cure}") from error
-    x_train = images_on(options.device, train_dataset)
-    x_test = images_on(options.device, test_dataset)
+    x_train, x_test = (images_on(options.device, part) for part in (train_dataset, test_dataset))
     with atomic_writes(options.output):
         pass  # a folder that cannot be written raises now, not after training
 
-    # Of fc1's 400 units 150 die in 50 steps and leave denormals in Adam's averages, slow on many
+    # Units that die (150 of fc1's 400 in 50 steps) leave denormals in Adam's averages, slow on many
     # CPUs. Flushed to 0, in this process for good, they let training take 0.83 of a Xeon's time.
     torch.set_flush_denormal(True)
-    # Products of numbers rounded to bfloat16: 0.90 of the time with AMX, 1.1 where all is emulated.
+    # Products of numbers rounded to bfloat16: 0.90 of the time with AMX, 1.1 where it is emulated.
     if torch.cpu.get_capabilities().get("avx512_bf16"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     settings = HIDDEN, LATENT_DIM, BETA, BATCH_SIZE, LEARNING_RATE, SAMPLES
     start = time.perf_counter()
     model, dreams, losses = learn(x_train, x_test, options.epochs, options.seed, *settings)
-    seconds, sample = time.perf_counter() - start, dreams[-1]
+    seconds, sample, last = time.perf_counter() - start, dreams[-1], losses[-1]
     torch.backends.mkldnn.matmul.fp32_precision = "none"  # what the gallery shows is exact
-    last = {name: losses[-1][name] for name in ("held_out", "bce", "kld")}
     with atomic_writes(options.output) as folder:
         save_image(sample, f"{folder}/dream_sample.png")
         if options.gallery:
-            page = {"seed": options.seed, "epochs": options.epochs, "beta": BETA, **last}
-            save_gallery(folder, template, model.cpu(), x_test.cpu(), test_dataset, dreams, page)
+            run = {"seed": options.seed, "epochs": options.epochs, "beta": BETA, **last}
+            save_gallery(folder, page, model.cpu(), x_test.cpu(), test_dataset, dreams, run)
         files = [f"{options.output}/{file}" for file in sorted(os.listdir(folder))]
     message = f"Trained in {seconds:.1f} s on {device_name}. Held-out loss: {last['held_out']:.2f} "
     message += f"nats per image, BCE {last['bce']:.2f} + {BETA} x KLD {last['kld']:.2f}. "

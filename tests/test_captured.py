@@ -4,7 +4,6 @@ import pytest
 import standin
 import torch
 from harness import GPUS
-from torch.utils.data import DataLoader
 
 import quest_12_1 as quest
 
@@ -17,36 +16,30 @@ def graphs(monkeypatch):
         standin.install(monkeypatch)
 
 
-@pytest.fixture
-def one_by_one(monkeypatch):
-    """Call a function while each step is taken as it is."""
-
-    def call(function, *arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(quest, "CapturedStep", lambda step: step)
-            return function(*arguments)
-
-    return call
+def one_by_one(model, optimizer, batches, beta):
+    """What train_epoch does and returns, each step taken as it is."""
+    losses, counts = zip(*[(quest.train_step(model, optimizer, x, beta), len(x)) for x in batches])
+    return sum(losses).item() / sum(counts)
 
 
-def trained(x, changes, rate=1e-3, within=lambda optimizer: None):
+def trained(x, changes, rate=1e-3, within=lambda optimizer: None, epoch=None):
     """An epoch for each (BETA, learning rate) of the changes; what is told and what is left, as tensors."""
     torch.manual_seed(1)
-    model = quest.VAE().to(DEVICE)
+    model, x = quest.VAE().to(DEVICE), x.to(DEVICE, copy=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=True)
-    loader, losses = DataLoader(x.to(DEVICE), batch_size=128, shuffle=True), []
 
     def batches():
-        for batch in loader:
+        for batch in x.split(128):
             yield batch
             within(optimizer)
 
+    losses = []
     for beta, rate in changes:
         if rate is not None:
             optimizer.param_groups[0]["lr"] = rate
-        losses.append(torch.tensor(quest.train_epoch(model, optimizer, batches(), beta)))
+        losses.append(torch.tensor((epoch or quest.train_epoch)(model, optimizer, batches(), beta)))
     adam = [tensor for group in optimizer.state.values() for tensor in group.values()]
-    return [*losses, *model.parameters(), *adam, noise()]
+    return [*losses, *model.parameters(), *adam, noise(), x]
 
 
 def same(one, other):
@@ -55,35 +48,33 @@ def same(one, other):
 
 # Of 1,000 digits the last batch has 104, of 640 as many as the others, of 130 two; 128 and 50 make a single batch.
 @pytest.mark.parametrize("count", [1000, 640, 130, 128, 50])
-def test_captured_epochs_are_the_same_steps_bit_for_bit_also_with_beta_and_rate_changed_between_them(
-    held_out, one_by_one, count
-):
-    """Losses, weights, Adam's state and the noise's."""
+def test_captured_epochs_are_the_same_steps_bit_for_bit_also_with_beta_and_rate_changed_between_them(held_out, count):
+    """Losses, weights, Adam's state, the noise's, and the images."""
     x, changes = held_out[0][:count], [(1, 1e-3), (30, 1e-3), (1, 3e-3)]
     captured = trained(x, changes)
-    assert same(captured, one_by_one(trained, x, changes)) and len(set(captured[:3])) == 3
+    assert same(captured, trained(x, changes, epoch=one_by_one)) and len(set(captured[:3])) == 3
 
 
-def test_learn_learns_the_same_twice_in_one_process_and_as_step_by_step(held_out, one_by_one):
+def test_learn_learns_the_same_twice_in_one_process_and_as_step_by_step(held_out, monkeypatch):
     def learned():
         model, dreams, losses = quest.learn(held_out[0][:600].to(DEVICE), held_out[0][600:700].to(DEVICE), epochs=3)
-        return [*map(torch.tensor, (list(loss.values()) for loss in losses)), *model.parameters(), *dreams]
+        return [*map(torch.tensor, (list(loss.values()) for loss in losses)), *model.parameters(), *dreams, noise()]
 
-    first = learned()
-    assert same(first, learned()) and same(first, one_by_one(learned))
+    first, second = learned(), learned()
+    monkeypatch.setattr(quest, "CapturedStep", lambda step: step)
+    assert same(first, second) and same(first, learned())
 
 
-def test_within_an_epoch_a_rate_on_the_gpu_is_followed_and_a_python_number_stays_as_it_was_captured(
-    held_out, one_by_one
-):
+def test_within_an_epoch_a_rate_on_the_gpu_is_followed_and_a_python_number_stays_as_it_was_captured(held_out):
     def halve(optimizer):
         optimizer.param_groups[0]["lr"] *= 0.5  # a tensor in its place
 
-    def falling(rate):
-        return trained(held_out[0][:1280], [(1, None)], rate, halve)
+    def falling(rate, epoch=None):
+        return trained(held_out[0][:1280], [(1, None)], rate, halve, epoch)
 
-    assert same(falling(torch.tensor(1e-3, device=DEVICE)), one_by_one(falling, torch.tensor(1e-3, device=DEVICE)))
-    assert not same(falling(1e-3), one_by_one(falling, 1e-3))
+    rates = [torch.tensor(1e-3, device=DEVICE) for _ in range(2)]
+    assert same(falling(rates[0]), falling(rates[1], one_by_one))
+    assert not same(falling(1e-3), falling(1e-3, one_by_one))
 
 
 def test_each_epoch_captures_its_second_batch_anew_and_replays_all_but_the_first_and_a_smaller_last_one(
