@@ -76,11 +76,11 @@ def test_the_digits_are_what_the_dataset_gives_image_by_image_also_with_another_
 
 def test_learn_takes_the_textbook_s_steps_and_returns_what_it_has_learned(held_out):
     x, x_test, seed, epochs = held_out[0][:1000], held_out[0][1000:1500], 7, 4
-    model, dreams, losses = quest.learn(x, x_test, epochs, seed)
+    model, dreams, losses = quest.learn(x, x_test, epochs, seed, batch_size=100, lr=2e-3)
     torch.manual_seed(seed)
     plain = PlainVAE()
     untrained = {name: weight.clone() for name, weight in plain.state_dict().items()}
-    optimizer, loader = torch.optim.Adam(plain.parameters(), lr=1e-3), DataLoader(x, batch_size=128, shuffle=True)
+    optimizer, loader = torch.optim.Adam(plain.parameters(), lr=2e-3), DataLoader(x, batch_size=100, shuffle=True)
     expected = [sum(plain_step(plain, optimizer, batch) for batch in loader) / 1000 for _ in range(epochs)]
     assert [loss["train"] for loss in losses] == pytest.approx(expected, rel=1e-5)
     for name, weight in plain.state_dict().items():
@@ -94,7 +94,7 @@ def test_learn_takes_the_textbook_s_steps_and_returns_what_it_has_learned(held_o
     model.load_state_dict(untrained)
     torch.testing.assert_close(dreams[0], model.decode(z).view(64, 1, 28, 28))
     assert len(dreams) == epochs + 1
-    shorter = quest.learn(x, x_test, epochs - 1, seed)[1]
+    shorter = quest.learn(x, x_test, epochs - 1, seed, batch_size=100, lr=2e-3)[1]
     assert all(map(torch.equal, dreams, shorter))  # each epoch's dreams come from the same z
 
 
