@@ -319,7 +319,7 @@ def run_job(options):
     path = Path("dreams/plane.html").resolve()  # the template of the gallery's page
     page = path.read_text("utf-8") if options.gallery and path.is_file() else ""
     if options.gallery and page.count("const run = null;") != 1:  # where the model goes
-        raise OSError(f"--gallery needs {path} as git has it: run it in its clone's folder.")
+        raise OSError(f"--gallery needs {path}, unchanged (git checkout), in its clone's folder.")
     try:
         train_dataset, test_dataset = load_data(DATA_DIR, DATASET)
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, AssertionError) as error:
@@ -333,7 +333,8 @@ def run_job(options):
     # Units that die (150 of fc1's 400 in 50 steps) leave denormals in Adam's averages, slow on many
     # CPUs. Flushed to 0, in this process for good, they let training take 0.83 of a Xeon's time.
     torch.set_flush_denormal(True)
-    # Products of numbers rounded to bfloat16: 0.90 of the time with AMX, 1.1 where it is emulated.
+    # Matrix products by oneDNN, of numbers rounded to bfloat16: 0.90 of the time on a Xeon with AMX.
+    # Where the processor has no instructions for that, nothing is rounded, and it would be 1.1.
     if torch.cpu.get_capabilities().get("avx512_bf16"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     settings = HIDDEN, LATENT_DIM, BETA, BATCH_SIZE, LEARNING_RATE, SAMPLES

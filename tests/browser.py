@@ -7,11 +7,11 @@ import torch
 from selenium.webdriver.common.action_chains import ActionChains
 
 
-def opened(browser, path, fragment=""):
+def opened(browser, path):
     """Open the page at `path` anew; return the text that it shows."""
     browser.get("about:blank")
     browser.get_log("browser")
-    browser.get(path.as_uri() + fragment)
+    browser.get(path.as_uri())
     return browser.find_element("tag name", "body").text
 
 

@@ -40,15 +40,14 @@ def path(main_job):
     return main_job[0] / "dreams" / "dream_plane.html"
 
 
-RESET = """location.hash = ""; run.beta = 1; element("canvas").click(); pad.clearRect(0, 0, PAD, PAD);
-element("noise").value = 0; scrollTo(0, 0);
+RESET = """run.beta = 1; element("canvas").click(); element("noise").value = 0; scrollTo(0, 0);
 eps = eps.map((_, k) => [1.5 * Math.sin(k + 1), 1.5 * Math.cos(3 * k)]); showDigit(0);"""  # the same ten draws always
 
 
 @pytest.fixture
 def page(browser, path):
     """The page of the main job as it opens; a test during which it reports an error fails."""
-    if browser.current_url.partition("#")[0] != path.as_uri():
+    if browser.current_url != path.as_uri():
         opened(browser, path)
     browser.execute_script(RESET)
     yield browser
@@ -99,21 +98,18 @@ def test_a_drag_on_the_map_decodes_the_point_under_the_pointer_which_the_white_r
     canvas = levels(path.with_name("dream_canvas.png"))[2 + 30 * row :, 2 + 30 * column :][:28, :28]
     assert (drawn(page, "decoded", 28, 28)[..., 0] - canvas).abs().mean() < 3
     near = (marks(page, WHITE) - z).norm(dim=1)
-    assert ((near > 0.18) & (near < 0.22)).sum() > 20
+    assert ((near > 0.38) & (near < 0.42)).sum() > 20
 
 
-def test_the_views_are_the_gallery_s_canvas_and_codes_with_circles_and_the_classes_in_their_colours(page, path):
-    stroke(page, "map", [(0.49, 0.49)])  # z out of the way
+def test_the_views_are_the_gallery_s_canvas_and_codes_with_circles(page, path):
     element(page, "clear").click()
+    stroke(page, "map", [(0.49, 0.49)])  # z out of the way
     for name in ("codes", "canvas"):
         element(page, name).click()
         picture = levels(path.with_name(f"dream_{name}.png"), "RGB")[1:-1, 1:-1]
-        assert (drawn(page, "map", 600, 600)[..., :3] - picture)[40:550, 40:].abs().mean() < 6  # but for the marks
+        assert (drawn(page, "map", 600, 600)[..., :3] - picture)[40:550, 40:550].abs().mean() < 6  # but for the marks
         distances = marks(page, GREY).norm(dim=1)
         assert all(((distances - radius).abs() < 0.03).sum() > 1 for radius in (1, 2, 3))
-    classes = "return [...document.querySelectorAll('#classes b')].map(b => [b.textContent, b.style.color])"
-    colours = [f"rgb{tuple(bytes.fromhex(colour))}" for colour in quest.COLOURS]
-    assert page.execute_script(classes) == [[str(label), colour] for label, colour in enumerate(colours)]
 
 
 def test_arrow_keys_move_the_point_and_shift_moves_it_by_a_cell(page):
@@ -124,24 +120,6 @@ def test_arrow_keys_move_the_point_and_shift_moves_it_by_a_cell(page):
             element(page, "map").send_keys(shift + getattr(Keys, f"ARROW_{key}"))
             expected += times * torch.tensor(step)
             torch.testing.assert_close(point(page) - start, expected, atol=1e-5, rtol=0)
-
-
-ADDRESSES = {
-    "#z=0.50,-1.00": (0.5, -1), "#z=0.50%2C-1.00": (0.5, -1), "#z=.5,-1": (0.5, -1), "#z=99,-99": (4, -4),
-    "#z=1": None, "#z=nowhere,0": None, "#%": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("address", "z"), ADDRESSES.items())
-def test_the_address_of_a_point_is_understood_and_kept_within_the_map(page, path, address, z):
-    start = point(page)
-    opened(page, path, address)
-    assert torch.equal(point(page), start if z is None else torch.tensor(z, dtype=torch.float32))
-    stroke(page, "map", [(0.4, -0.4)])
-    element(page, "z").click()  # its own address
-    moved = point(page)
-    page.refresh()
-    assert (point(page) - moved).abs().max() < 0.006 and moved.min() > 3
 
 
 def test_dream_draws_points_from_the_standard_normal_distribution(page):
@@ -170,7 +148,7 @@ def terms_of(x, mu, logvar, images):
 @pytest.mark.parametrize("digit", STROKES)
 def test_a_drawn_digit_lands_among_its_own_kind_and_all_that_is_shown_of_it_is_true(page, trained, held_out, digit):
     stroke(page, "pad", STROKES[digit])
-    x = computed(page, "prepare(pad.getImageData(0, 0, 280, 280).data)")[None]
+    x = computed(page, "prepare(ink)")[None]
     mu, logvar, samples = gaussian(page)
     torch.testing.assert_close(torch.stack((mu, logvar)), torch.cat(trained.encode(x)), atol=1e-3, rtol=0)
     nearest = (trained.encode(held_out[0])[0] - mu).norm(dim=1).topk(25, largest=False).indices
@@ -181,9 +159,9 @@ def test_a_drawn_digit_lands_among_its_own_kind_and_all_that_is_shown_of_it_is_t
     tiles = drawn(page, "draws", 140, 56)[..., 0].unfold(0, 28, 28).unfold(1, 28, 28).reshape(10, 784)
     assert (tiles - 255 * images).abs().max() < 1.1
     bce, kld, total = numbers(page, "loss")
-    assert [total, bce, kld] == pytest.approx(terms_of(x, mu, logvar, images), abs=0.06)
-    average = page.execute_script("return run.losses[9].bce")
-    assert numbers(page, "yardstick") == pytest.approx([terms_of(x, mu, logvar, x)[1], average], abs=0.06)
+    assert [bce, kld] == pytest.approx(terms_of(x, mu, logvar, images)[1:], abs=0.06) and total == round(bce + kld, 1)
+    averages = page.execute_script("return [run.bce, run.kld]")
+    assert numbers(page, "yardstick") == pytest.approx([terms_of(x, mu, logvar, x)[1], *averages], abs=0.06)
     assert numbers(page, "code") == pytest.approx([*mu.tolist(), *std.tolist()], abs=0.006)
     page.execute_script("goTo([-4, 4])")  # z out of the way
     apart = torch.cdist(samples, marks(page, RED))
@@ -194,28 +172,56 @@ def test_a_drawn_digit_lands_among_its_own_kind_and_all_that_is_shown_of_it_is_t
     assert ((rings - rings.round()).abs() < width).all() and rings.max() < 2.5
 
 
-def test_the_slider_multiplies_std_and_rings_draws_and_loss_follow_and_another_sample_is_another_draw(page, trained):
+def test_the_slider_multiplies_std_and_rings_draws_loss_and_curve_follow_and_another_sample_is_another_draw(
+    page, trained
+):
     page.execute_script("showDigit(17)")
     (mu, logvar, _), eps, x = gaussian(page), computed(page, "eps.flat()").view(10, 2), computed(page, "x")[None]
-    losses = {}
-    for exponent, told in {-4: "x 1/16", -3: "x 1/8", 0: "x 1", 2: "x 4", 4: "x 16"}.items():
+    told, rises = {-2: "x 1/4", -1: "x 1/2", 0: "x 1", 1: "x 2", 2: "x 4"}, {}
+    for exponent, times in told.items():
         noise(page, exponent)
         noisy = logvar + 2 * exponent * math.log(2)
         samples = mu + torch.exp(noisy / 2) * eps
         torch.testing.assert_close(gaussian(page), (mu, noisy, samples), atol=1e-4, rtol=0)
-        bce, kld, losses[exponent] = numbers(page, "loss")
-        expected = terms_of(x, mu, noisy, trained.decode(samples))
-        assert [losses[exponent], bce, kld] == pytest.approx(expected, rel=1e-3, abs=0.06)
-        assert text(page, "times") == told
-    assert min(losses, key=losses.get) == 0  # what the encoder has learned is best
+        bce, kld, total = numbers(page, "loss")
+        rises[exponent] = terms_of(x, mu, noisy, trained.decode(samples))
+        assert [bce, kld] == pytest.approx(rises[exponent][1:], rel=1e-3, abs=0.06) and total == round(bce + kld, 1)
+        assert text(page, "times") == times
+    page.execute_script("trace()")  # as it does by itself when the pen rests
+    curve, shown = drawn(page, "curve", 720, 280)[..., :3], 0
+    for exponent, terms in rises.items():
+        for colour, of, before in zip((WHITE, (106, 183, 255), (95, 211, 141)), terms, rises[0]):
+            row, column = round(280 * 2 / 3 * (1 - (of - before) / 6)), round(720 * (4 * exponent + 8.25) / 16.5)
+            near = curve[max(row - 5, 0) : row + 6, max(column - 12, 0) : column + 13]
+            shown += bool((near == torch.tensor(colour)).all(dim=2).any()) or not 0 < row < 280
+    assert shown > 12  # of 15, since lines cross
     element(page, "noise").send_keys(Keys.ARROW_LEFT)
-    assert text(page, "times") == "x 13.5"
+    assert text(page, "times") == "x 3.4"
     element(page, "sample").send_keys(Keys.ENTER)
     assert not torch.isin(computed(page, "eps.flat()"), eps).any()
     page.execute_script("run.beta = 30; answer()")
     bce, kld, total = numbers(page, "loss")
     assert text(page, "loss") == f"BCE {bce} + 30 x KLD {kld} = loss {total} nats"
-    assert total == pytest.approx(bce + 30 * kld, abs=1.6)
+    assert total == pytest.approx(bce + 30 * kld, abs=0.06)
+
+
+def test_less_noise_is_more_kld_for_every_held_out_digit_and_the_cloud_is_told_apart_in_its_enlargement(
+    page, trained, held_out
+):
+    mu, logvar = trained.encode(held_out[0])
+    factors = torch.logspace(-2, 2, 17, base=2).square()[:, None, None]
+    kld = 0.5 * (mu.square() + logvar.exp() * factors - 1 - logvar - factors.log()).sum(dim=2)
+    assert (kld.diff(dim=0) < 0).all()
+    narrow = logvar.amax(dim=1).argmin()
+    page.execute_script("show(Float32Array.from(arguments[0]), 'narrow')", held_out[0][narrow].tolist())
+    orange = (drawn(page, "cloud", 400, 400)[..., :3] == torch.tensor(ORANGE)).all(dim=2)
+    right = orange[200, 200:].nonzero().flatten()  # along the row through mu: both rings
+    inner, outer = right[right < 1.5 * right.min()], right[right >= 1.5 * right.min()]
+    assert (
+        15 < inner.min() and outer.min() - inner.max() > 10 and 1.8 < outer.float().mean() / inner.float().mean() < 2.2
+    )
+    wide = float(re.search(r"enlarged: (\S+) wide", text(page, "scale"))[1])
+    assert outer.float().mean() / 400 * wide == pytest.approx(2 * math.exp(logvar[narrow, 0] / 2), rel=0.05)
 
 
 def test_a_held_out_digit_can_be_encoded_without_a_pointer_and_says_its_class(page, trained, held_out):
@@ -223,7 +229,7 @@ def test_a_held_out_digit_can_be_encoded_without_a_pointer_and_says_its_class(pa
     for _ in range(8):
         element(page, "heldout").send_keys(Keys.ENTER)
         x = computed(page, "x")
-        of_class = held_out[0][held_out[1] == int(text(page, "what").removeprefix("x: "))][:10]
+        of_class = held_out[0][held_out[1] == int(text(page, "what")[-1])][:10]
         assert (of_class == x).all(dim=1).any()
         torch.testing.assert_close(point(page), trained.encode(x[None])[0][0].clamp(-4, 4), atol=1e-3, rtol=0)
         seen.add(text(page, "what"))
@@ -232,26 +238,36 @@ def test_a_held_out_digit_can_be_encoded_without_a_pointer_and_says_its_class(pa
 
 def test_digits_that_are_drawn_as_they_are_keep_their_place(page, trained, held_out):
     """Enlarged tenfold on the pad, 100 held-out digits come back through the page's own preparation."""
-    x = held_out[0][torch.randperm(10_000)[:100]].view(100, 28, 28)
-    put = """(() => { const codes = []; for (let n = 0; n < 100; n++) {
-        const image = new ImageData(280, 280);
-        for (let i = 0; i < 280 * 280; i++)
-            image.data[4 * i + 3] = 255 * a[784 * n + 28 * Math.floor(i / 2800) + Math.floor(i % 280 / 10)];
-        pad.putImageData(image, 0, 0);
-        codes.push(...encode(prepare(pad.getImageData(0, 0, 280, 280).data))[0]);
-    } return codes; })()"""
-    distances = (computed(page, put, x).view(100, 2) - trained.encode(x.flatten(1))[0]).norm(dim=1)
-    assert distances.median() < 0.1
+    x = held_out[0][torch.randperm(10_000)[:100]]
+    pixel = "a[784 * n + 28 * Math.floor(i / 2800) + Math.floor(i % 280 / 10)]"
+    drawn_large = f"Float32Array.from({{length: 78400}}, (_, i) => {pixel})"
+    codes = computed(page, f"Array.from({{length: 100}}, (_, n) => [...encode(prepare({drawn_large}))[0]]).flat()", x)
+    assert (codes.view(100, 2) - trained.encode(x)[0]).norm(dim=1).median() < 0.1
 
 
-def test_a_stroke_begins_where_the_pen_enters_and_strokes_are_never_joined(page):
-    outside = (0, -0.7)
-    stroke(page, "pad", [outside, (-0.3, 0), outside, (0.3, 0), outside])
-    move(ActionChains(page, duration=0), element(page, "pad"), 0, 0).perform()  # after the release, outside
+def test_a_stroke_begins_on_the_pad_ends_at_its_edge_and_a_drag_on_the_map_never_draws(page):
+    stroke(page, "pad", [(0.3, 0), (0.3, 0.2), (0.9, 0.2)])  # on to the map
+    stroke(page, "pad", [(-0.3, 0), (-0.3, 0.2)])
     spots = ink(page)
-    assert spots[:, :90].any() and spots[:, 190:].any() and not spots[:, 120:160].any()
+    assert spots[:, :90].any() and spots[:, 190:].any() and not spots[:, 120:160].any()  # two strokes, never joined
+    assert spots[185:205, -5:].all()  # up to the edge
     element(page, "clear").click()
-    assert not ink(page).any() and not element(page, "answer").is_displayed()
+    assert not ink(page).any() and not element(page, "draws").is_displayed()
+    over = move(ActionChains(page, duration=0), element(page, "map"), 0, 0).click_and_hold()
+    move(move(over, element(page, "pad"), 0, 0), element(page, "pad"), 0.3, 0).release().perform()
+    assert not ink(page).any() and point(page)[0] == -4  # z goes on, to the edge of the map
+
+
+@pytest.mark.parametrize("slower", [4])
+def test_a_ring_drawn_quickly_on_a_slow_machine_leaves_the_ink_and_the_loss_of_one_drawn_slowly(page, slower):
+    ring, left = [(0.3 * math.cos(k / 16), 0.35 * math.sin(k / 16)) for k in range(101)], []
+    for rate in (1, slower):
+        page.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": rate})
+        stroke(page, "pad", ring)
+        page.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": 1})
+        left.append((computed(page, "ink"), text(page, "loss")))
+        element(page, "clear").click()
+    assert torch.equal(left[0][0], left[1][0]) and left[0][1] == left[1][1] and (left[0][0] > 0).sum() > 15_000
 
 
 def test_other_buttons_than_the_main_one_and_a_second_finger_do_not_draw(page):
@@ -273,10 +289,29 @@ def test_other_buttons_than_the_main_one_and_a_second_finger_do_not_draw(page):
     assert ink(page)[:, :120].any() and not ink(page)[:, 160:].any()
 
 
+def test_a_pen_beats_a_resting_hand_and_what_the_hand_has_drawn_goes(page):
+    pad, pen = element(page, "pad"), PointerInput("pen", "3")
+    builder = ActionBuilder(page, PointerInput("touch", "4"), duration=0)
+    builder.devices.append(pen)
+    hand = builder.pointer_action.source
+    hand.create_pointer_move(duration=0, x=-80, y=80, origin=pad)
+    hand.create_pointer_down(button=0)
+    for _ in range(3):
+        hand.create_pause(0.05)
+    pen.create_pause(0.1)
+    pen.create_pointer_move(duration=0, x=60, y=-60, origin=pad)
+    pen.create_pointer_down(button=0)
+    pen.create_pointer_move(duration=20, x=60, y=0, origin=pad)
+    pen.create_pointer_up(0)
+    builder.perform()
+    assert ink(page)[:, 160:].any() and not ink(page)[:, :120].any()
+
+
 # The window -----------------------------------------------------------------------------------------------------------
 SIZES = "360x740 390x844 745x900 800x900 1024x768 1100x700 1245x900 1280x860 1400x900".split()
-BOXES = """return [...document.querySelectorAll('canvas, button, h1, h2, legend, label, .line')].map(item => {
-    const { left, right, top, bottom } = item.getBoundingClientRect(); return [left, right, top, bottom]; })"""
+BOXES = """return [...document.querySelectorAll('canvas, button, h1, h2, fieldset label, .line')].map(item => {
+    const { left, right, top, bottom } = item.getBoundingClientRect();
+    return [left, right, top + scrollY, bottom + scrollY]; })"""
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -293,7 +328,9 @@ def test_nothing_moves_is_cut_or_overlaps_and_the_answer_is_in_view_while_one_dr
         for name in ("dream", "sample", "heldout", "clear"):
             page.execute_script(f"element('{name}').click()")
             assert page.execute_script(BOXES) == before
-        bottoms = [element(page, name).rect for name in ("map", "decoded", "pad")]
+        beside = ("map", "decoded", "pad") if width > 992 else ("map", "pad") if width > 688 else ("map", "noise")
+        bottoms = [element(page, name).rect for name in beside]  # in view together
+        page.execute_script("element('plane').scrollIntoView()")
         scrolled = page.execute_script("return scrollY")
         assert max(rect["y"] + rect["height"] for rect in bottoms) - scrolled <= height
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
@@ -308,6 +345,7 @@ OTHERS = {  # a change of the page, and what the only sentence then says
     "the template": (r"const run = .*;", "const run = null;", "python quest_12_1.py --device cpu --gallery"),
     "tanh for ReLU": (r"value => Math.max\(value, 0\)", "Math.tanh", "the network of quest_12_1.py alone"),
     "a tensor is missing": (r'"fc3.bias"', '"fc5.bias"', "the network of quest_12_1.py alone"),
+    "a policy without scripts": ("'unsafe-inline' data:", "'none'", "JavaScript is off"),
     "a number is NaN": (r'("fc1.bias": ").{16}', r"\1AADAfwAAwH8AAMB/", "the network of quest_12_1.py alone"),
 }
 
@@ -326,7 +364,7 @@ def test_without_a_model_or_with_a_network_that_it_does_not_know_the_page_is_one
 def test_without_script_the_page_is_one_sentence(browser, path):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        assert opened(browser, path) == "Walk the plane\nThis page needs JavaScript."
+        assert re.fullmatch("Walk the plane .*\nThe model is being read.*JavaScript is off.*", opened(browser, path))
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
         browser.get("about:blank")
@@ -338,7 +376,10 @@ def test_the_page_says_which_run_it_shows_asks_for_no_other_file_and_may_not(pag
     page.get_log("performance")
     shown = opened(page, alone)
     total = re.search(r"Held-out loss: (\S+)", main_job[1].stdout)[1]
-    assert shown.startswith(f"Walk the plane: seed 0, epochs 10, held-out loss {total} nats per image\n")
+    assert shown.startswith(
+        "Walk the plane of a variational autoencoder\nThis neural network has learned from the 60,000 "
+    )
+    assert "Seed 0, epochs 10: loss 1" in shown and f"held-out loss {total} nats per image." in shown
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     assert {url for url in asked if not url.startswith("data:")} - {"about:blank"} == {alone.as_uri()}
