@@ -4,9 +4,10 @@
     python quest_12_1.py --device cpu    the same without a GPU
     python quest_12_1.py --gallery       save four more pictures, the model, and a page to play with
 
-The encoder maps each MNIST digit to a Gaussian over a plane; the decoder maps points to images.
-Training maximises the variational bound (ELBO) of Kingma & Welling, "Auto-Encoding Variational
-Bayes", 2013, arXiv:1312.6114. Then points drawn from a standard normal decode to new digits.
+The encoder maps each MNIST digit to a small cloud, a Gaussian, in a plane; the decoder maps points
+of the plane to images. Training raises a lower bound of log p(x), how probable the model makes each
+image: the ELBO of Kingma & Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114. Then
+points drawn from a standard normal decode to new digits.
 
 Ten epochs take 16 s with two threads on an Intel Xeon with AMX; on an NVIDIA H100 they took 2.4 s
 with a prototype of CapturedStep. The loss (the bound, negated) ends at 154.3 nats per image on
@@ -37,12 +38,12 @@ from tqdm import tqdm
 SIDE = 28  # pixels, height and width of an image in MNIST's format
 PIXELS = SIDE * SIDE  # values in [0, 1] that make one image
 
-# ---- Settings: read when `main` runs and handed on; functions' defaults are those at the import --
+# ---- Settings: `main` reads them when it runs and hands them on (defaults are fixed on import) ---
 HIDDEN = 400  # units per hidden layer: with 200 the loss is 2 nats higher, with 800 about 1 lower
 LATENT_DIM = 2  # numbers in z, the code of an image: 2 make a plane, which can be drawn
 DATASET = datasets.MNIST  # or datasets.FashionMNIST, datasets.KMNIST: the same format
 DATA_DIR = "data"  # relative to the current directory
-BETA = 1  # weight of KLD, the part of the loss that keeps codes near the middle of the plane
+BETA = 1  # weight of KLD (see loss_terms), which keeps codes near the middle of the plane
 EPOCHS = 10  # passes over the training set (--epochs): after 20 the loss is 3.0 nats lower
 BATCH_SIZE = 128  # images per step: 60,000 make 468 batches and a last one of 96
 LEARNING_RATE = 1e-3  # of Adam
@@ -62,8 +63,9 @@ def load_data(root, dataset=DATASET):
 
 def images_on(device, dataset):
     """Return all N images of `dataset`, transformed once and for all: (N, PIXELS) on `device`."""
-    if isinstance(dataset.transform, transforms.ToTensor):  # one by one takes a Xeon 2.2 s, not 0.1
-        images = dataset.transform(dataset.data.permute(1, 2, 0).numpy())  # N as channels of one
+    if isinstance(dataset.transform, transforms.ToTensor):
+        # It takes all N as one image of N channels: 0.1 s on a Xeon; one by one takes 2.2 s.
+        images = dataset.transform(dataset.data.permute(1, 2, 0).numpy())
     else:
         images = torch.stack([image for image, _ in dataset])
     return images.flatten(1).to(device)
@@ -82,9 +84,9 @@ class VAE(nn.Module):
         self.fc4 = nn.Linear(hidden, PIXELS)
 
     def encode(self, x):
-        """Map x: (N, PIXELS) to mu, logvar: (N, latent_dim), of each image's Gaussian, q(z|x)."""
+        """Map x: (N, PIXELS) to mu, logvar: (N, latent_dim), of q(z|x), the Gaussian of x's z."""
         h = F.relu(self.fc1(x))
-        return self.fc2_mu(h), self.fc2_logvar(h)  # any logvar gives a variance above 0
+        return self.fc2_mu(h), self.fc2_logvar(h)  # any logvar gives a variance, exp(logvar), > 0
 
     def reparameterize(self, mu, logvar, eps=None):
         """Draw z: (N, latent_dim) from N(mu, exp(logvar)), in a way that has a gradient.
@@ -104,7 +106,7 @@ class VAE(nn.Module):
     def forward(self, x, eps=None):
         """Map x: (N, PIXELS) or (N, 1, SIDE, SIDE), and the noise eps, to recon_x, mu, logvar."""
         mu, logvar = self.encode(x.flatten(1))
-        z = self.reparameterize(mu, logvar, eps)  # one z per x is enough: each epoch draws another
+        z = self.reparameterize(mu, logvar, eps)  # one z per x: over epochs the noise averages out
         return self.decode(z), mu, logvar
 
 
@@ -135,7 +137,7 @@ def train_step(model, optimizer, x, beta=BETA):
     optimizer.zero_grad()
     recon_x, mu, logvar = model(x)
     loss = loss_function(recon_x, x, mu, logvar, beta)
-    loss.backward()  # of a sum: Adam steps as with the mean, but SGD would need loss / len(x) here
+    loss.backward()  # of a sum: Adam divides by its usual size, but SGD would need loss / len(x)
     optimizer.step()
     return loss.detach()  # its value, without the record of how it was computed
 
@@ -144,11 +146,11 @@ def train_epoch(model, optimizer, train_loader, beta=BETA):
     """Take a step on each batch, (B, PIXELS); return the average loss in nats per image."""
     model.train()  # by custom, like eval() below: dropout and batch norm would need it
     step = functools.partial(train_step, model, optimizer, beta=beta)
-    if next(model.parameters()).is_cuda:
-        step = CapturedStep(step)  # the same, faster; without it print and pdb work in a step
+    if next(model.parameters()).is_cuda:  # to print or debug in a step, take out these two lines
+        step = CapturedStep(step)  # does the same, faster: below
     total_loss, trained_on = 0.0, 0  # in nats, in images
     for x in train_loader:
-        total_loss += step(x)  # on the device: .item() would wait for the GPU at each step
+        total_loss += step(x)  # stays on the GPU: .item() would wait for it at each step
         trained_on += len(x)
     return total_loss.item() / trained_on
 
@@ -173,15 +175,16 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, hidden=HIDDEN, latent_dim=L
     """Train a VAE on x_train: (N, PIXELS), on its device; evaluate it on x_test: (M, PIXELS).
 
     Returns the model; `samples` dreams before training and after each epoch; and each epoch's
-    losses, in nats per image. Sets the process's seed, and no other state. At a loss that is not
-    finite F.binary_cross_entropy may raise RuntimeError; otherwise FloatingPointError is raised.
+    losses, in nats per image. Sets PyTorch's seed, and no other state of the process. If the loss
+    is not finite, F.binary_cross_entropy raises RuntimeError, or this FloatingPointError.
     """
     torch.manual_seed(seed)
     model = VAE(hidden, latent_dim).to(x_train.device)
-    # fused: a tensor's whole update is one operation. capturable: a CUDA graph may record it.
+    # fused: one operation updates a whole tensor. capturable: CapturedStep may record it.
     optimizer = optim.Adam(model.parameters(), lr=lr, fused=True, capturable=True)
     train_loader = DataLoader(x_train, batch_size=batch_size, shuffle=True)  # x alone, no labels
-    # The same z and eps after each epoch and on all devices: what differs is the model alone.
+    # z of the dreams and eps of the evaluation are the same on all devices and after each epoch:
+    # what differs is the model alone.
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(samples, latent_dim, generator=generator).to(x_train.device)
     eps = torch.randn(len(x_test), latent_dim, generator=generator).to(x_test.device)
@@ -203,11 +206,13 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, hidden=HIDDEN, latent_dim=L
 class CapturedStep:
     """Do what step(x) does, on the current CUDA GPU: recorded as a CUDA graph, then replayed.
 
-    A step is 76 short kernels: 0.3 ms of an H100's time, but 1.9 ms of its CPU's to launch them. A
-    graph is launched as one: the same kernels, so the same bytes, with new noise each time. Python
-    does not run again: each batch is copied to where the recorded one was, the loss is to be read
-    before the next replay overwrites it, and a Python number that changes after the recording, as
-    beta or the learning rate may, has no effect until the next epoch, which records anew.
+    A CUDA graph is a list of the GPU's operations that is started as a whole. A step has 76 short
+    ones: an H100 computes them in 0.3 ms, but its CPU took 1.9 ms to start them one by one. In a
+    replay they are the same operations: the same results, bit for bit, with new noise each time.
+
+    Python does not run in a replay. So each batch is copied to where the recorded one was. The loss
+    is to be read before the next replay overwrites it. And a Python number that changes later, as
+    beta or the learning rate may, has no effect until train_epoch records anew, in the next epoch.
     """
 
     def __init__(self, step):
@@ -215,15 +220,15 @@ class CapturedStep:
         self.x = self.graph = self.loss = None
 
     def __call__(self, x):
-        if self.x is None:  # the first batch, on which PyTorch's libraries set themselves up
+        if self.x is None:  # the first batch: PyTorch's libraries set up what cannot be recorded
             self.x = x.clone()
             return self.step(x)
-        if x.shape != self.x.shape:  # a smaller last one
+        if x.shape != self.x.shape:  # a smaller last one, which the graph cannot take
             return self.step(x)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.loss = self.step(self.x)  # recorded, not done
+                self.loss = self.step(self.x)  # recorded, not done: the replay does it
         self.x.copy_(x)
         self.graph.replay()
         return self.loss
@@ -315,6 +320,9 @@ def atomic_writes(folder):
 
 def run_job(options):
     """Learn, dream and save; return the result, a dict. Raises OSError, and what `learn` raises."""
+    # Units that die (150 of fc1's 400 in 50 steps) leave denormals in Adam's averages, slow on many
+    # CPUs. Flushed to 0, in this thread and those it starts, for good: 0.83 of a Xeon's time.
+    torch.set_flush_denormal(True)
     device_name = open_device(options.device)
     path = Path("dreams/plane.html").resolve()  # the template of the gallery's page
     page = path.read_text("utf-8") if options.gallery and path.is_file() else ""
@@ -330,10 +338,7 @@ def run_job(options):
     with atomic_writes(options.output):
         pass  # a folder that cannot be written raises now, not after training
 
-    # Units that die (150 of fc1's 400 in 50 steps) leave denormals in Adam's averages, slow on many
-    # CPUs. Flushed to 0, in this process for good, they let training take 0.83 of a Xeon's time.
-    torch.set_flush_denormal(True)
-    # Matrix products by oneDNN, of numbers rounded to bfloat16: 0.90 of the time on a Xeon with AMX.
+    # Matrix products by oneDNN, of numbers rounded to bfloat16: 0.90 of the time on Xeons with AMX.
     # Where the processor has no instructions for that, nothing is rounded, and it would be 1.1.
     if torch.cpu.get_capabilities().get("avx512_bf16"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"

@@ -192,6 +192,14 @@ def test_main_hands_on_each_setting_as_it_is_then_and_leaves_behind_the_seed_and
     assert levels(folder / "nap" / "dream_sample.png").shape == (62, 242)  # two rows of eight
 
 
+def test_denormals_are_flushed_in_every_thread_that_trains(folder):
+    left = """step, many = torch.optim.Adam.step, torch.full((1_000_000,), 1e-40)
+torch.set_num_threads(2)
+torch.optim.Adam.step = lambda self: sys.exit("some left") if (many * torch.ones(1)).any() else step(self)"""
+    result = run_small(folder, "--epochs", "1", prelude="import sys\n" + left)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_line_of_json_is_one_write_as_many_jobs_that_append_to_one_file_need(folder):
     written = """import os, sys
 class Out:
