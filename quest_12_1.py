@@ -159,7 +159,7 @@ def train_epoch(model, optimizer, train_loader, beta=BETA):
 def evaluate(model, x_test, eps, beta=BETA):
     """Return loss, BCE and KLD in nats per image; x_test: (N, PIXELS), eps: (N, latent_dim)."""
     model.eval()
-    recon_x, mu, logvar = model(x_test, eps)  # in one batch: 10,000 images take 79 MB
+    recon_x, mu, logvar = model(x_test, eps)  # in one batch: for 10,000 images 79 MB of memory
     return (torch.stack(loss_terms(recon_x, x_test, mu, logvar, beta)) / len(x_test)).tolist()
 
 
@@ -180,7 +180,8 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, hidden=HIDDEN, latent_dim=L
     """
     torch.manual_seed(seed)
     model = VAE(hidden, latent_dim).to(x_train.device)
-    # fused: one operation updates a whole tensor. capturable: CapturedStep may record it.
+    # fused: one operation updates a whole tensor. capturable: CapturedStep may record it. On a CPU
+    # the second changes nothing.
     optimizer = optim.Adam(model.parameters(), lr=lr, fused=True, capturable=True)
     train_loader = DataLoader(x_train, batch_size=batch_size, shuffle=True)  # x alone, no labels
     # z of the dreams and eps of the evaluation are the same on all devices and after each epoch:
