@@ -180,8 +180,8 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, hidden=HIDDEN, latent_dim=L
     """
     torch.manual_seed(seed)
     model = VAE(hidden, latent_dim).to(x_train.device)
-    # fused: one operation updates a whole tensor. capturable: CapturedStep may record it. On a CPU
-    # the second changes nothing.
+    # fused: weights are updated in one pass. capturable: CapturedStep may record that; on a CPU it
+    # changes nothing.
     optimizer = optim.Adam(model.parameters(), lr=lr, fused=True, capturable=True)
     train_loader = DataLoader(x_train, batch_size=batch_size, shuffle=True)  # x alone, no labels
     # z of the dreams and eps of the evaluation are the same on all devices and after each epoch:
@@ -213,7 +213,7 @@ class CapturedStep:
 
     Python does not run in a replay. So each batch is copied to where the recorded one was. The loss
     is to be read before the next replay overwrites it. And a Python number that changes later, as
-    beta or the learning rate may, has no effect until train_epoch records anew, in the next epoch.
+    beta or the learning rate may, has no effect on replays until the next epoch records anew.
     """
 
     def __init__(self, step):
@@ -238,7 +238,7 @@ class CapturedStep:
 # ---- The gallery ---------------------------------------------------------------------------------
 EXTENT = 4  # it shows the plane from -EXTENT to EXTENT, in both directions
 CELLS = 20  # points in each direction at which the canvas shows what the decoder draws
-# RRGGBB of ten classes, on black as distinct as ten can be, for colour-blind eyes too:
+# RRGGBB of ten classes, chosen to be distinct on black, for colour-blind eyes too:
 COLOURS = "48a7ff fe8da8 f3d005 b4c9f4 50ffae 0489a1 9d50ff aba844 b46657 ff09b8".split()
 
 
@@ -347,7 +347,7 @@ def run_job(options):
     start = time.perf_counter()
     model, dreams, losses = learn(x_train, x_test, options.epochs, options.seed, *settings)
     seconds, sample, last = time.perf_counter() - start, dreams[-1], losses[-1]
-    torch.backends.mkldnn.matmul.fp32_precision = "none"  # what the gallery shows is exact
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # what follows is exact
     with atomic_writes(options.output) as folder:
         save_image(sample, f"{folder}/dream_sample.png")
         if options.gallery:
@@ -387,7 +387,7 @@ def main(argv=None):
     except RuntimeError as error:
         message = str(error).partition("\n")[0][:200]
         if "between 0 and 1" in message or "device-side assert" in message:  # checks of BCE's
-            message += ": the loss is NaN (lower LEARNING_RATE), or an image is outside [0, 1]"
+            message += ": probably a NaN loss (lower LEARNING_RATE), or an image outside [0, 1]"
         elif not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
             if not message.startswith(("CUDA error: ", "MPS backend out of memory")):
                 raise  # a bug
