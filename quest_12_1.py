@@ -11,7 +11,7 @@ points drawn from a standard normal decode to new digits.
 
 Ten epochs take 16 s with two threads on an Intel Xeon with AMX; on an NVIDIA H100 they took 2.4 s
 with a prototype of CapturedStep. The loss (the bound, negated) ends at 154.3 nats per image on
-10,000 held-out digits: mean of seeds 0 to 4, on the Xeon. It needs PyTorch 2.11 or newer.
+10,000 held-out digits: mean of seeds 0 to 4, on the Xeon. Needs PyTorch 2.11 or newer.
 """
 
 import argparse
@@ -46,7 +46,7 @@ DATA_DIR = "data"  # relative to the current directory
 BETA = 1  # weight of KLD (see loss_terms), which keeps codes near the middle of the plane
 EPOCHS = 10  # passes over the training set (--epochs): after 20 the loss is 3.0 nats lower
 BATCH_SIZE = 128  # images per step: 60,000 make 468 batches and a last one of 96
-LEARNING_RATE = 1e-3  # of Adam
+LEARNING_RATE = 1e-3  # of Adam: its usual one
 SEED = 0  # decides weights, batches, noise and dreams (--seed)
 DREAMS_DIR = "dreams"  # where pictures are saved, relative to the current directory (--output)
 SAMPLES = 64  # dreams in dream_sample.png
@@ -246,9 +246,9 @@ def draw_codes(mu, targets, digits, size):
     """Draw each code mu: (N, 2) in the colour of its class; digits: (10, PIXELS) are the legend."""
     scale = torch.tensor([1, -1]) * size / (2 * EXTENT)  # z1 grows to the right, z2 upwards
     dots, picture = size / 2 + scale * mu, torch.zeros(3, size, size)
-    for some, labels in zip(dots.split(500), targets.split(500)):  # so that no class covers another
+    for part, labels in zip(dots.split(500), targets.split(500)):  # so that no class covers another
         for k, rgb in enumerate(COLOURS):
-            picture = draw_keypoints(picture, some[None, labels == k], colors=f"#{rgb}", radius=1)
+            picture = draw_keypoints(picture, part[None, labels == k], colors=f"#{rgb}", radius=1)
     colours = torch.tensor([list(bytes.fromhex(rgb)) for rgb in COLOURS]).view(-1, 3, 1, 1) / 255
     legend = make_grid(colours * digits.view(-1, 1, SIDE, SIDE), nrow=len(COLOURS), padding=0)
     picture[:, :SIDE, : legend.shape[2]] = legend
@@ -273,7 +273,7 @@ def save_gallery(folder, page, model, x_test, dataset, dreams, run):
     save_image(codes, f"{folder}/dream_codes.png")
     save_image(pairs, f"{folder}/dream_mirror.png", nrow=10, padding=4, pad_value=0.35)
     frames = [transforms.functional.to_pil_image(make_grid(images)[0]) for images in dreams]
-    times = {"duration": [500] * (len(frames) - 1) + [3000], "loop": 0}  # ms; for ever
+    times = {"duration": [500] * (len(frames) - 1) + [3000], "loop": 0}  # in ms; 0: loops for ever
     frames[0].save(f"{folder}/dream_growth.gif", save_all=True, append_images=frames[1:], **times)
 
     weights, buffer = model.state_dict(), io.BytesIO()
@@ -283,9 +283,9 @@ def save_gallery(folder, page, model, x_test, dataset, dreams, run):
     example = {"encoded": torch.cat((mu[shown[0]], logvar[shown[0]])), "decoded": recon_x[0]}
     tensors = {**weights, **example, "digits": (255 * digits).round().byte()}
     classes = [name.partition(" - ")[0] for name in dataset.classes]  # MNIST's are "0 - zero", ...
-    codes = base64.b64encode(Path(folder, "dream_codes.png").read_bytes()).decode()
+    codes_png = base64.b64encode(Path(folder, "dream_codes.png").read_bytes()).decode()
     plane = {"extent": EXTENT, "cells": CELLS, "colours": COLOURS, "classes": classes}
-    run = {**run, **plane, "codes": codes, "tensors": tensors}
+    run = {**run, **plane, "codes": codes_png, "tensors": tensors}
     text = json.dumps(run, default=lambda tensor: base64.b64encode(tensor.numpy()).decode())
     page = page.replace("const run = null;", f"const run = {text};")
     Path(folder, "dream_plane.html").write_text(page, encoding="utf-8")
@@ -340,14 +340,17 @@ def run_job(options):
         pass  # a folder that cannot be written raises now, not after training
 
     # Matrix products by oneDNN, of numbers rounded to bfloat16: 0.90 of the time on Xeons with AMX.
-    # Where the processor has no instructions for that, nothing is rounded, and it would be 1.1.
+    # Where the processor has no instructions for that, it would round nothing and take 1.1.
+    products = torch.backends.mkldnn.matmul
+    precision = products.fp32_precision
     if torch.cpu.get_capabilities().get("avx512_bf16"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    settings = HIDDEN, LATENT_DIM, BETA, BATCH_SIZE, LEARNING_RATE, SAMPLES
+        products.fp32_precision = "bf16"
+    sizes = {"hidden": HIDDEN, "latent_dim": LATENT_DIM, "samples": SAMPLES}
+    recipe = {"beta": BETA, "batch_size": BATCH_SIZE, "lr": LEARNING_RATE}
     start = time.perf_counter()
-    model, dreams, losses = learn(x_train, x_test, options.epochs, options.seed, *settings)
+    model, dreams, losses = learn(x_train, x_test, options.epochs, options.seed, **sizes, **recipe)
     seconds, sample, last = time.perf_counter() - start, dreams[-1], losses[-1]
-    torch.backends.mkldnn.matmul.fp32_precision = "none"  # what follows is exact
+    products.fp32_precision = precision  # what follows is not rounded so
     with atomic_writes(options.output) as folder:
         save_image(sample, f"{folder}/dream_sample.png")
         if options.gallery:

@@ -220,7 +220,7 @@ def test_less_noise_is_more_kld_for_every_held_out_digit_and_the_cloud_is_told_a
     assert (
         15 < inner.min() and outer.min() - inner.max() > 10 and 1.8 < outer.float().mean() / inner.float().mean() < 2.2
     )
-    wide = float(re.search(r"enlarged: (\S+) wide", text(page, "scale"))[1])
+    wide = 8 / float(re.search(r"enlarged (\S+) times", text(page, "scale"))[1])
     assert outer.float().mean() / 400 * wide == pytest.approx(2 * math.exp(logvar[narrow, 0] / 2), rel=0.05)
 
 
