@@ -284,8 +284,8 @@ def save_gallery(folder, page, model, x_test, dataset, dreams, run):
     tensors = {**weights, **example, "digits": (255 * digits).round().byte()}
     classes = [name.partition(" - ")[0] for name in dataset.classes]  # MNIST's are "0 - zero", ...
     codes_png = base64.b64encode(Path(folder, "dream_codes.png").read_bytes()).decode()
-    plane = {"extent": EXTENT, "cells": CELLS, "colours": COLOURS, "classes": classes}
-    run = {**run, **plane, "codes": codes_png, "tensors": tensors}
+    plane = {"extent": EXTENT, "cells": CELLS, "classes": classes, "codes": codes_png}
+    run = {**run, **plane, "tensors": tensors}
     text = json.dumps(run, default=lambda tensor: base64.b64encode(tensor.numpy()).decode())
     page = page.replace("const run = null;", f"const run = {text};")
     Path(folder, "dream_plane.html").write_text(page, encoding="utf-8")

@@ -88,11 +88,7 @@ def test_each_epoch_captures_its_second_batch_anew_and_replays_all_but_the_first
             super().replay()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
-    for count, expected in (
-        (1000, 6),
-        (512, 3),
-        (200, 0),
-    ):  # 7 whole batches and a smaller one; 4 whole ones; one of each
+    for count, expected in ((1000, 6), (512, 3), (200, 0)):  # 7 whole batches and a smaller one; 4 whole; one of each
         trained(held_out[0][:count], [(1, 1e-3)] * 2)
         assert len(replays) == 2 * expected and len(set(map(id, replays))) == 2 * bool(expected)
         replays.clear()
