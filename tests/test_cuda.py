@@ -7,20 +7,11 @@ import sys
 import pytest
 import torch
 from harness import GPUS, ROOT, run
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 import quest_12_1 as quest
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="no CUDA device here")
-
-
-@pytest.fixture
-def learner(model, held_out):
-    """A model with its optimizer and a loader of 2,000 digits, 15 batches of 128 and one of 80, all on the GPU."""
-    model = model.to("cuda")
-    optimizer = torch.optim.Adam(model.parameters(), lr=quest.LEARNING_RATE, fused=True, capturable=True)
-    return model, optimizer, DataLoader(held_out[0][:2000].to("cuda"), batch_size=128, shuffle=True)
 
 
 def main_in_process(folder, prelude, *arguments):
@@ -30,19 +21,14 @@ def main_in_process(folder, prelude, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_the_main_job_without_any_argument_trains_on_the_gpu(folder):
-    result = run(folder)
-    assert result.returncode == 0 and (folder / "dreams" / "dream_sample.png").is_file(), result.stderr
-    assert f"s on {torch.cuda.get_device_name()}. " in result.stdout
-    assert 151.5 < float(result.stdout.split("Held-out loss: ")[1].split()[0]) < 157
-
-
-def test_the_same_seed_dreams_the_same_bytes_on_the_gpu(folder):
-    def pictures(seed):
-        assert run(folder, "--epochs", "2", "--seed", seed, "--gallery").returncode == 0
-        return [path.read_bytes() for path in sorted((folder / "dreams").glob("dream_*.png"))]
-
-    assert pictures("7") == pictures("7") != pictures("8")
+def test_the_main_job_without_any_argument_trains_on_the_gpu_and_with_the_gallery_dreams_the_same_bytes(folder):
+    dreams = []
+    for arguments in ([], ["--gallery"]):
+        result = run(folder, *arguments)
+        assert result.returncode == 0 and f"s on {torch.cuda.get_device_name()}. " in result.stdout, result.stderr
+        assert 151.5 < float(result.stdout.split("Held-out loss: ")[1].split()[0]) < 157
+        dreams.append((folder / "dreams" / "dream_sample.png").read_bytes())
+    assert dreams[0] == dreams[1]
 
 
 def test_from_the_same_weights_batches_and_noise_five_steps_on_the_gpu_reach_the_cpu_s_weights(held_out, monkeypatch):
@@ -61,12 +47,12 @@ def test_from_the_same_weights_batches_and_noise_five_steps_on_the_gpu_reach_the
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_once_captured_no_step_of_an_epoch_waits_for_the_gpu(learner):
-    model, optimizer, loader = learner
+def test_once_captured_no_step_of_an_epoch_waits_for_the_gpu(model, held_out):
+    optimizer = torch.optim.Adam(model.to("cuda").parameters(), fused=True, capturable=True)
 
     def watched():
-        """The loader's batches; any wait is an error from the third on, before which the capture itself waits."""
-        batches = iter(loader)
+        """A loader's batches; any wait is an error from the third on, before which the capture itself waits."""
+        batches = iter(DataLoader(held_out[0][:2000].to("cuda"), batch_size=128, shuffle=True))
         yield next(batches)
         yield next(batches)
         torch.cuda.set_sync_debug_mode("error")
@@ -80,12 +66,6 @@ def test_once_captured_no_step_of_an_epoch_waits_for_the_gpu(learner):
     assert 100 < quest.train_epoch(model, optimizer, watched()) < 600
 
 
-def test_an_epoch_launches_a_graph_for_each_batch_but_two(learner):
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        quest.train_epoch(*learner)
-    assert sum("GraphLaunch" in event.name for event in profiler.events()) == 14  # not the first, nor the smaller last
-
-
 def test_a_second_learn_leaves_no_more_memory_in_use_than_the_first(held_out):
     x, in_use = held_out[0][:2000].to("cuda"), []
     for _ in range(3):
@@ -95,7 +75,7 @@ def test_a_second_learn_leaves_no_more_memory_in_use_than_the_first(held_out):
 
 
 FAULTS = {  # Python before the job, what the message says
-    "a real NaN": ("q.LEARNING_RATE = 1e3", r"CUDA error: device-side assert triggered.*NaN.*LEARNING_RATE.*\[0, 1\]"),
+    "a real NaN": ("q.LEARNING_RATE = 1e3", "loss nan, held-out nan: lower LEARNING_RATE"),  # and the process lives
     "a full GPU": ("torch.cuda.set_per_process_memory_fraction(0.003)", "CUDA out of memory.*"),
 }
 
@@ -103,9 +83,8 @@ FAULTS = {  # Python before the job, what the message says
 @pytest.mark.parametrize(("prelude", "said"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_of_the_gpu_is_one_message(folder, prelude, said):
     result = main_in_process(folder, prelude)
-    message = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and re.fullmatch(f"quest_12_1.py: {said}", message) and len(message) < 320
-    assert "Traceback" not in result.stderr and not (folder / "dreams" / "dream_sample.png").exists()
+    assert result.returncode == 1 and re.fullmatch(f"quest_12_1.py: {said}", result.stderr.splitlines()[-1])
+    assert "Assertion" not in result.stderr and not (folder / "dreams" / "dream_sample.png").exists()
 
 
 @pytest.mark.skipif(GPUS < 2, reason="only one CUDA device here")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from benchmark import PlainVAE, plain_step
 from harness import ROOT, draws
-from plain import PlainVAE, plain_step
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.utils.data import DataLoader
 from torchvision import transforms
