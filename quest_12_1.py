@@ -10,8 +10,8 @@ of p(x|z) over all z of a standard normal: the evidence lower bound (ELBO) of Ki
 "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114. It keeps the clouds near that normal, so
 points drawn from it decode to new digits.
 
-Ten epochs take 2 to 3 s on an NVIDIA H100, 16 s on two cores of a Xeon with AMX, where the loss,
-minus the bound, ends at 154.3 nats per held-out image (five seeds). Needs PyTorch 2.11 or newer.
+Ten epochs take 2 to 3 s on an NVIDIA H100, 16 s on two cores of a Xeon with AMX. There the loss,
+the negative bound, ends at 154.3 nats per held-out image (five seeds). Needs PyTorch 2.11 or newer.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def loss_terms(recon_x, x, mu, logvar, beta=BETA):
     543. KLD, the Kullback-Leibler divergence of q(z|x) from N(0, I), is 0 if mu = logvar = 0, where
     z says nothing about x. BCE pulls the codes of different images apart, KLD pulls them together.
     """
-    # A NaN counts as 0, since PyTorch's check for it can crash a GPU's process: `learn` checks.
+    # A NaN counts as 0: PyTorch's check for it can crash a GPU's process. KLD is NaN a step later.
     recon_x = recon_x.masked_fill(recon_x.isnan(), 0)
     bce = F.binary_cross_entropy(recon_x, x.flatten(1), reduction="sum")
     kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())  # the paper's appendix B
@@ -191,11 +191,11 @@ def learn(x_train, x_test, epochs=EPOCHS, seed=SEED, hidden=HIDDEN, latent_dim=L
         tag = f"Epoch {epoch}/{epochs}"
         train_loss = train_epoch(model, optimizer, tqdm(train_loader, tag, leave=False), beta)
         loss, bce, kld = evaluate(model, x_test, eps, beta)
-        dreams.append(dream(model, z))
-        if not math.isfinite(train_loss + loss + dreams[-1].sum()):  # a NaN in any of them
+        if not math.isfinite(train_loss + loss):
             raise FloatingPointError(f"loss {train_loss}, held-out {loss}: lower LEARNING_RATE")
         sys.stderr.write(f"{tag}: loss {train_loss:.2f}, held-out loss {loss:.2f} nats per image\n")
         losses.append({"train": train_loss, "held_out": loss, "bce": bce, "kld": kld})
+        dreams.append(dream(model, z))
     return model, dreams, losses
 
 
