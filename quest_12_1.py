@@ -103,6 +103,8 @@ class VAE(nn.Module):
         """Map x: (N, PIXELS) or (N, 1, SIDE, SIDE), and the noise eps, to recon_x, mu, logvar."""
         mu, logvar = self.encode(x.flatten(1))
         z = self.reparameterize(mu, logvar, eps)  # one z per x: right on average, over the steps
+        # No NaN gets into recon_x: PyTorch's check for it can crash a GPU's process. KLD shows it.
+        z = z.masked_fill(~(z.abs() < 1e9), 0)
         return self.decode(z), mu, logvar
 
 
@@ -117,8 +119,6 @@ def loss_terms(recon_x, x, mu, logvar, beta=BETA):
     543. KLD, the Kullback-Leibler divergence of q(z|x) from N(0, I), is 0 if mu = logvar = 0, where
     z says nothing about x. BCE pulls the codes of different images apart, KLD pulls them together.
     """
-    # A NaN counts as 0: PyTorch's check for it can crash a GPU's process. KLD is NaN a step later.
-    recon_x = recon_x.masked_fill(recon_x.isnan(), 0)
     bce = F.binary_cross_entropy(recon_x, x.flatten(1), reduction="sum")
     kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())  # the paper's appendix B
     return bce + beta * kld, bce, kld

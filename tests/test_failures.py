@@ -130,7 +130,6 @@ def raised(error, text, where="sigmoid", last_line="quest_12_1.py: {}"):
 
 LIMIT = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, -1)); sys.argv.append('--gallery')"
 BCE = "torch.nn.functional.binary_cross_entropy = lambda x, *a, **k: x.sum() + float('{}' if x.requires_grad else '{}')"
-NAN_DECODED = "torch.sigmoid = lambda x, f=torch.sigmoid: f(x) * float('nan')"
 TAKEN = "import os, sys; os.makedirs('out/dream_sample.png'); sys.argv += ['--output', 'out']"
 BUG = "Expected all tensors to be on the same device, but got mat1 is on cpu (in method wrapper_CUDA_addmm)"
 CTRL_C, RATE = "quest_12_1.py: stopped by Ctrl-C.", "quest_12_1.py: loss .*, held-out .*: lower LEARNING_RATE"
@@ -147,7 +146,6 @@ ENDS = {  # one setting of the script, Python to execute first, the last line; i
     "a loss that is infinite, then NaN": (("LEARNING_RATE", "3"), "", RATE),
     "a training loss alone that is NaN": ((), BCE.format("nan", 0), RATE),
     "a held-out loss alone that is infinite": ((), BCE.format(0, "inf"), RATE),
-    "a NaN that comes from the decoder alone": ((), NAN_DECODED, RATE),
     "images that are not in [0, 1]": ((), NORMALIZE, "RuntimeError: all elements of target should be between 0 and 1"),
     "Ctrl-C before training": ((), signal(2, "torchvision.transforms.ToTensor"), CTRL_C),
     "Ctrl-C in training": ((), signal(2, "torch.optim.Adam.step"), CTRL_C),
