@@ -5,12 +5,12 @@
     python quest_12_1.py --gallery       save four more pictures, the model, and a page to play with
 
 The encoder maps each MNIST digit x to a small cloud in a plane, a Gaussian q(z|x); the decoder maps
-points z of the plane to images. Training raises a lower bound of log p(x), p(x) being the average
-of p(x|z) over all z of a standard normal: the evidence lower bound (ELBO) of Kingma & Welling,
-"Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114. It keeps the clouds near that normal, so
-points drawn from it decode to new digits.
+a point z of it to p(x|z), how probable white is in each pixel: an image. Training raises a lower
+bound of log p(x), p(x) being the average of p(x|z) over z from a standard normal: the evidence
+lower bound (ELBO) of Kingma & Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114.
+The bound keeps the clouds near that normal, so points drawn from it decode to new digits.
 
-Ten epochs take 2 to 3 s on an NVIDIA H100, 16 s on two cores of a Xeon with AMX. There the loss,
+Ten epochs take 2 to 3 s on an NVIDIA H100, 16 s on two cores of a Xeon with AMX, where the loss,
 the negative bound, ends at 154.3 nats per held-out image (five seeds). Needs PyTorch 2.11 or newer.
 """
 
@@ -102,9 +102,9 @@ class VAE(nn.Module):
     def forward(self, x, eps=None):
         """Map x: (N, PIXELS) or (N, 1, SIDE, SIDE), and the noise eps, to recon_x, mu, logvar."""
         mu, logvar = self.encode(x.flatten(1))
-        z = self.reparameterize(mu, logvar, eps)  # one z per x: right on average, over the steps
-        # No NaN gets into recon_x: PyTorch's check for it can crash a GPU's process. KLD shows it.
-        z = z.masked_fill(~(z.abs() < 1e9), 0)
+        z = self.reparameterize(mu, logvar, eps)  # one z per x: its gradient is right on average
+        # NaN must not reach BCE, whose check for it can crash a GPU's process. KLD shows it.
+        z = z.masked_fill(~(z.abs() < 1e9), 0)  # a NaN is not < 1e9, nor is what overflows
         return self.decode(z), mu, logvar
 
 
@@ -125,7 +125,7 @@ def loss_terms(recon_x, x, mu, logvar, beta=BETA):
 
 
 def loss_function(recon_x, x, mu, logvar, beta=BETA):
-    """Return the summed loss: with beta = 1, -ELBO >= -log p(x), estimated by one z per x."""
+    """Return the summed loss: with beta = 1, an estimate of -ELBO, which is >= -log p(x)."""
     return loss_terms(recon_x, x, mu, logvar, beta)[0]
 
 
@@ -205,10 +205,10 @@ class CapturedStep:
 
     A CUDA graph is a list of the GPU's operations that is started as a whole. A step has 76 short
     ones: an H100 computes them in 0.3 ms, but its CPU takes 1.9 ms to start them one by one. A
-    replay gives what step(x) would give, bit for bit, its new noise included. But Python does not
-    run in it. So each batch is copied to where the recorded one was; the loss is to be read before
-    the next replay overwrites it; and a Python number that changes later, as beta or the learning
-    rate may, has no effect on replays until the next epoch records anew.
+    replay gives what step(x) would give, bit for bit; PyTorch gives it new noise. But Python does
+    not run in it. So each batch is copied to where the recorded one was; the loss is to be read
+    before the next replay overwrites it; and a Python number that changes later, as beta or the
+    learning rate may, has no effect on replays until the next epoch records anew.
     """
 
     def __init__(self, step):
