@@ -58,10 +58,10 @@ class Recording(TorchDispatchMode):
 
 @contextlib.contextmanager
 def record(graph, **_):
-    noise = torch.get_rng_state()
+    before = noise()
     with Recording(graph.tape):
         yield
-    torch.set_rng_state(noise)  # to record draws nothing
+    torch.set_rng_state(before)  # to record draws nothing
 
 
 @pytest.fixture(autouse=True)
