@@ -552,10 +552,8 @@ def parse(argv):
         parser.error(str(error))
 
 
-def is_expected(error):
-    """Tell a failure of the run, which a message explains, from a bug."""
-    if isinstance(error, (JobError, FloatingPointError)):
-        return True
+def is_of_the_gpu(error):
+    """Tell a GPU that is full or lost from a bug, which keeps its traceback."""
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return True
     # A failed call of a CUDA library and Apple's full GPU have no class of their own.
@@ -570,16 +568,21 @@ def main(argv=None):
     torch.set_flush_denormal(True)
     try:
         result = run_job(settings, args.device, args.output)
-    except (JobError, FloatingPointError, RuntimeError) as error:
-        if not is_expected(error):
+    except (JobError, FloatingPointError) as error:
+        result = {"success": False, "message": str(error)}
+    except RuntimeError as error:
+        if not is_of_the_gpu(error):
             raise
         result = {"success": False, "message": first_line(error)}
-        print(f"quest_12_1.py: {result['message']}", file=sys.stderr)
+
     if args.json:
         print(json.dumps(result))
     elif result["success"]:
         print(result["message"])
-    return 0 if result["success"] else 1
+    if result["success"]:
+        return 0
+    print(f"quest_12_1.py: {result['message']}", file=sys.stderr)
+    return 1
 
 
 def run_as_process(main, name):
