@@ -13,7 +13,8 @@ data set in data, and dreams/plane.html. It writes, beside the model:
     dream_codes.png     where the encoder puts the held-out images on that plane
     dream_plane.html    a page on which to draw and to move a cloud over that plane
 
-The last three need a model with two numbers in z, the page a network that it can compute.
+The last three need a model with two numbers in z, the page a network that it can
+compute.
 """
 
 import argparse
@@ -224,8 +225,8 @@ def draw_codes(run):
 def draw_plane(mu, targets, extent, size=PLANE):
     """Draw a dot at each mu: (N, 2), coloured by class, and N(0, I)'s circles.
 
-    The circles have the radii 1, 2 and 3. The dots are drawn in the order of the images,
-    which is random, so that no class hides another.
+    The circles have the radii 1, 2 and 3. The dots are drawn in the order of the
+    images, which is random, so that no class hides another.
     """
     fine = 4 * size  # drawn large, then reduced: smooth edges
     picture = Image.new("RGB", (fine, fine))
@@ -304,7 +305,7 @@ def page_model(run, x, places):
 
 
 def read_template():
-    """Return the page's template before and after the model's slot, or raise JobError."""
+    """Return what stands before and after the model's slot in the page's template."""
     try:
         before, after = TEMPLATE.read_text(encoding="utf-8").split(SLOT)
         return before, after
@@ -388,7 +389,7 @@ def remove_others(folder, contents):
 
 
 def main(argv=None):
-    """Run the command line `argv`, by default the process's own; return the exit code."""
+    """Run the command line `argv`, by default the process's own; return its code."""
     parser = argparse.ArgumentParser(
         prog="python -m dreams.gallery",
         description="Draw what a saved model has learned.",
