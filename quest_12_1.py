@@ -548,18 +548,22 @@ def parse(argv):
     """Return the command line's Settings, and its other options."""
     parser = argparse.ArgumentParser(
         description="Train a variational autoencoder and let it dream digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu or mps")
-    parser.add_argument("--output", default="dreams", help="folder for what is saved")
+    default = "(default: %(default)s)"
+    parser.add_argument(
+        "--device", default="cuda", help=f"cuda, cuda:1, cpu or mps {default}"
+    )
+    parser.add_argument(
+        "--output", default="dreams", help=f"folder for what is saved {default}"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     for field in dataclasses.fields(Settings):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=field.type,
             default=field.default,
-            help=field.metadata["help"],
+            help=f"{field.metadata['help']} {default}",
         )
     args = parser.parse_args(argv)
     values = {

@@ -125,8 +125,12 @@ def read_model(path):
             f"{path} cannot be read, {type(error).__name__}: {quest.first_line(error)}"
         ) from error
     try:
-        settings = quest.Settings(**saved["settings"])
-        return {**saved, "settings": settings}
+        return {
+            "settings": quest.Settings(**saved["settings"]),
+            "model": saved["model"],
+            "losses": saved["losses"],
+            "dreams": saved["dreams"],
+        }
     except (LookupError, TypeError, ValueError) as error:
         raise quest.JobError(
             f"{path} is not of this version: run python quest_12_1.py again."
@@ -393,11 +397,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m dreams.gallery",
         description="Draw what a saved model has learned.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "folder", nargs="?", default="dreams", help=f"folder of {MODEL}"
+        "folder",
+        nargs="?",
+        default="dreams",
+        help=f"folder of {MODEL} (default: %(default)s)",
     )
     parser.add_argument(
         "--beside", metavar="FOLDER", help="folder of a second model for the page"
