@@ -236,7 +236,11 @@ def test_the_recipe_of_a_picture_makes_it_again(trained, name):
 
 
 def test_the_recipe_of_three_models_makes_a_picture_of_the_committed_size(trained):
-    for beta in (0, 1, 30):  # one model stands for the three: training them takes minutes
+    for beta in (
+        0,
+        1,
+        30,
+    ):  # one model stands for the three: training them takes minutes
         folder = trained / "runs" / f"beta{beta}"
         folder.mkdir(parents=True)
         shutil.copy(trained / "dreams" / "dream_model.pt", folder)
