@@ -75,7 +75,7 @@ class Run:
     def __init__(self, folder):
         path = Path(folder, MODEL)
         saved = read_model(path)
-        self.settings = quest.Settings(**saved["settings"])
+        self.settings = saved["settings"]
         self.losses = saved["losses"]
         self.dreams = saved["dreams"]
         self.model = quest.VAE(self.settings.hidden, self.settings.latent_dim)
@@ -114,18 +114,22 @@ class Run:
 
 
 def read_model(path):
-    """Return what quest_12_1.py has saved at `path`, a dict, or raise JobError."""
+    """Return what quest_12_1.py has saved at `path`, its settings as Settings."""
     if not path.is_file():
         raise quest.JobError(f"there is no {path}: run python quest_12_1.py first.")
     try:
         saved = torch.load(path)
-        if saved.keys() >= {"settings", "model", "losses", "dreams"}:
-            return saved
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise quest.JobError(
-            f"{path} cannot be read: {quest.first_line(error)}"
+            f"{path} cannot be read, {type(error).__name__}: {quest.first_line(error)}"
         ) from error
-    raise quest.JobError(f"{path} was saved by another version of quest_12_1.py.")
+    try:
+        settings = quest.Settings(**saved["settings"])
+        return {**saved, "settings": settings}
+    except (LookupError, TypeError, ValueError) as error:
+        raise quest.JobError(
+            f"{path} is not of this version: run python quest_12_1.py again."
+        ) from error
 
 
 def images_of_each_class(run, count):
@@ -204,8 +208,7 @@ def draw_canvas(run):
 
 def draw_codes(run):
     """Return the plane with a dot at each held-out image's mu, coloured by class."""
-    picture = Image.new("RGB", (PLANE, PLANE))
-    picture.paste(draw_plane(run.mu, run.targets, run.extent))
+    picture = draw_plane(run.mu, run.targets, run.extent)
     x, _ = images_of_each_class(run, 1)
     legend = torch.cat(
         [
@@ -300,14 +303,20 @@ def page_model(run, x, places):
     }
 
 
+def read_template():
+    """Return the page's template before and after the model's slot, or raise JobError."""
+    try:
+        before, after = TEMPLATE.read_text(encoding="utf-8").split(SLOT)
+        return before, after
+    except (OSError, ValueError) as error:
+        raise quest.JobError(
+            f"{TEMPLATE} is missing or changed: git checkout -- dreams/plane.html"
+        ) from error
+
+
 def draw_page(run, beside=None):
     """Return the page of the run, and of a second one beside it: a text."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    before, slot, after = template.partition(SLOT)
-    if not slot:
-        raise quest.JobError(
-            f"{TEMPLATE} lacks the line that the model replaces: git checkout."
-        )
+    before, after = read_template()
     x, places = images_of_each_class(run, EACH)
     shown = {
         "dataset": run.settings.dataset,
