@@ -14,9 +14,9 @@ for name in ("TQDM_DISABLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
 os.environ["no_proxy"] = "127.0.0.1,localhost"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from harness import (  # noqa: E402
+import pytest
+import torch
+from harness import (
     MNIST,
     ROOT,
     expect_success,
@@ -28,8 +28,8 @@ from harness import (  # noqa: E402
     write_template,
 )
 
-import quest_12_1 as quest  # noqa: E402
-from dreams import gallery  # noqa: E402
+import quest_12_1 as quest
+from dreams import gallery
 
 FEW = 2000  # digits of a small run; the page shows 100 of each class
 

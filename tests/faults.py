@@ -98,16 +98,15 @@ def read_only_and_no_network():
 
 
 def denormals_counted():
-    """End the process if a thread that trains has denormals that are not set to 0."""
+    """End the process if a thread that trains does not set denormals to 0."""
     take_step = torch.optim.Adam.step
-    tiny = torch.full(
-        (1_000_000,), 1e-40
-    )  # by one thread: the second does not exist yet
+    tiny = torch.full((100_000,), 1e-40)  # by one thread: the second does not exist yet
     torch.set_num_threads(2)
 
-    def step(self, *arguments):
+    def first_step(self, *arguments):
+        torch.optim.Adam.step = take_step
         if (tiny * torch.ones(1)).any():
             sys.exit("denormals are left")
         return take_step(self, *arguments)
 
-    torch.optim.Adam.step = step
+    torch.optim.Adam.step = first_step

@@ -169,11 +169,11 @@ def test_the_seed_decides_what_is_learned(few):
 def test_a_dropout_drops_in_training_and_never_in_what_is_told(few, monkeypatch):
     """A user plants one into the decoder: half of the pixels become 0 in training."""
 
-    class Dropping(quest.VAE):
-        modes = []
+    modes = []
 
+    class Dropping(quest.VAE):
         def decode(self, z):
-            self.modes.append(self.training)
+            modes.append(self.training)
             return nn.functional.dropout(super().decode(z), 0.5, self.training) / 2
 
     monkeypatch.setattr(quest, "VAE", Dropping)
@@ -182,7 +182,7 @@ def test_a_dropout_drops_in_training_and_never_in_what_is_told(few, monkeypatch)
     model, dreams, losses = quest.learn(*few, settings)
 
     in_training = 2 * math.ceil(len(few[0]) / settings.batch_size)
-    assert sum(Dropping.modes) == in_training, "not every step was in training mode"
+    assert sum(modes) == in_training, "not every step was in training mode"
     z, eps = draws(settings, len(few[1]))
     model.eval()
     torch.testing.assert_close(dreams[-1], quest.dream(model, z))
