@@ -7,6 +7,7 @@ its own folder, arguments, output, signals, limits and exit code.
 This module does not import the script, so that a child imports its own clone's.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -211,7 +212,23 @@ def expect_same_files(folder, before):
     assert not changed, f"changed: {changed}"
 
 
-# ---- Pictures and draws --------------------------------------------------------------
+# ---- Pictures, pages and draws --------------------------------------------------------------
+PICTURES = [
+    "dream_canvas.png",
+    "dream_codes.png",
+    "dream_growth.gif",
+    "dream_mirror.png",
+    "dream_plane.html",
+]  # what the gallery makes of a model with a plane
+
+
+def data_of(page):
+    """Return the data in the slot of a page, a text: a dict."""
+    _, _, rest = page.partition('<script id="run" type="application/json">')
+    data, _, _ = rest.partition("</script>")
+    return json.loads(data)
+
+
 def levels(path, mode="L", frame=0):
     """Return a picture's levels, from 0 to 255: (H, W), or (H, W, 3) with mode "RGB"."""
     with Image.open(path) as image:

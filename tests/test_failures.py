@@ -2,10 +2,10 @@
 
 import json
 import os
-import pty
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -112,19 +112,29 @@ def test_main_lets_ctrl_c_through_so_that_a_notebook_stops(folder, monkeypatch):
         quest.main(CPU)
 
 
+SHELL = """
+import pty, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # also under nohup, which ignores it
+pty.spawn(["bash", "--norc", "--noprofile", "-i"])
+"""
+
+
 class Terminal:
     """A shell on a pseudo-terminal, in `folder`: what is typed, and what it shows."""
 
     def __init__(self, folder):
         self.shown = ""
-        self.process, self.terminal = pty.fork()
-        if self.process == 0:
-            os.chdir(folder)
-            os.environ["PS1"] = "$ "
-            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SHELL],
+            cwd=folder,
+            env=os.environ | {"PS1": "$ "},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def type(self, text):
-        os.write(self.terminal, text.encode())
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
 
     def wait_for(self, text):
         """Wait until the terminal shows `text` in what it has not shown before."""
@@ -132,13 +142,13 @@ class Terminal:
         end = time.monotonic() + TIME_LIMIT
         while text not in self.shown[seen:]:
             assert time.monotonic() < end, f"no {text!r} in {self.shown[seen:]!r}"
-            if select.select([self.terminal], [], [], 1)[0]:
-                self.shown += os.read(self.terminal, 4096).decode(errors="replace")
+            if select.select([self.process.stdout], [], [], 1)[0]:
+                data = os.read(self.process.stdout.fileno(), 4096)
+                self.shown += data.decode(errors="replace")
 
     def close(self):
-        self.type("exit\n")
-        os.waitpid(self.process, 0)
-        os.close(self.terminal)
+        with self.process:
+            self.type("exit\n")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")

@@ -2,14 +2,13 @@
 
 import base64
 import getpass
-import json
 import math
 import shutil
 import socket
 
 import pytest
 import torch
-from harness import ROOT, levels, levels_of
+from harness import PICTURES, ROOT, data_of, levels, levels_of
 from PIL import Image, ImageSequence
 from torchvision.utils import make_grid
 
@@ -17,13 +16,6 @@ import quest_12_1 as quest
 from dreams import gallery
 
 TITLE = gallery.STRIP  # height of the text above a picture
-NAMES = [
-    "dream_canvas.png",
-    "dream_codes.png",
-    "dream_growth.gif",
-    "dream_mirror.png",
-    "dream_plane.html",
-]
 
 
 @pytest.fixture
@@ -49,8 +41,8 @@ def few(held_out):
 
 
 @pytest.fixture
-def shown(small_gallery, monkeypatch):
-    """What the gallery read: a Run of the small run's model."""
+def drawn(small_gallery, monkeypatch):
+    """What the gallery has drawn: a Run, the small run's."""
     monkeypatch.chdir(small_gallery.folder)
     return gallery.Run("runs/seed 3")
 
@@ -80,8 +72,8 @@ def test_the_gallery_makes_five_files_and_names_each(small_gallery, small_run):
     made = {path.name for path in small_gallery.output.iterdir()}
     made -= {path.name for path in small_run.output.iterdir()}
 
-    assert sorted(made) == NAMES
-    for name in NAMES:
+    assert sorted(made) == PICTURES
+    for name in PICTURES:
         assert f"runs/seed 3/{name}" in small_gallery.result.stdout
     assert small_gallery.result.stderr == ""
 
@@ -93,22 +85,22 @@ def test_the_gallery_leaves_the_model_and_its_dreams_as_they_are(
         assert (small_gallery.output / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_plane_holds_nearly_all_codes(shown):
+def test_the_plane_holds_nearly_all_codes(drawn):
     """99 of 100; it is never narrower than from -4 to 4."""
     for spread in (0.1, 1.0, 20.0):
-        shown.mu = spread * torch.randn(10_000, 2)
+        drawn.mu = spread * torch.randn(10_000, 2)
 
-        inside = (shown.mu.abs() <= shown.extent).all(dim=1).float().mean()
+        inside = (drawn.mu.abs() <= drawn.extent).all(dim=1).float().mean()
 
         assert inside >= 0.99
-        assert shown.extent >= 4
-        assert shown.extent <= max(4, spread * 3.5), "a plane that is mostly empty"
+        assert drawn.extent >= 4
+        assert drawn.extent <= max(4, spread * 3.5), "a plane that is mostly empty"
 
 
 def test_the_canvas_shows_what_points_of_the_plane_decode_to(
-    small_gallery, model, shown
+    small_gallery, model, drawn
 ):
-    cells, half = gallery.CELLS, shown.extent
+    cells, half = gallery.CELLS, drawn.extent
     centres = [(2 * (k + 0.5) / cells - 1) * half for k in range(cells)]
     plane = torch.tensor([[z1, z2] for z2 in reversed(centres) for z1 in centres])
 
@@ -271,13 +263,6 @@ def test_the_colours_of_the_classes_differ_for_every_eye():
 
 
 # ---- The page's data -----------------------------------------------------------------
-def data_of(page):
-    """The data in a page's slot."""
-    _, _, rest = page.partition('<script id="run" type="application/json">')
-    data, _, _ = rest.partition("</script>")
-    return json.loads(data, parse_constant=pytest.fail)
-
-
 def decoded(text, shape, dtype=torch.float32):
     """The tensor behind base64 text."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype).view(shape)
@@ -347,22 +332,22 @@ def test_the_page_holds_an_example_of_what_pytorch_computes(page, model, few):
     assert terms == pytest.approx([term.item() for term in expected], rel=1e-5)
 
 
-def test_beta_reaches_the_page(shown):
-    shown.settings = quest.Settings(**vars(shown.settings) | {"beta": 7.5})
-    if gallery.why_no_page(shown):
+def test_beta_reaches_the_page(drawn):
+    drawn.settings = quest.Settings(**vars(drawn.settings) | {"beta": 7.5})
+    if gallery.why_no_page(drawn):
         pytest.skip("this model has no page")
 
-    (model,) = data_of(gallery.draw_page(shown))["models"]
+    (model,) = data_of(gallery.draw_page(drawn))["models"]
 
     assert model["settings"]["beta"] == 7.5
     loss, bce, kld = model["example"]["terms"]
     assert loss == pytest.approx(bce + 7.5 * kld, rel=1e-5)
 
 
-def test_the_page_s_extent_is_that_of_the_pictures(page, shown):
+def test_the_page_s_extent_is_that_of_the_pictures(page, drawn):
     (model,) = data_of(page)["models"]
 
-    assert model["extent"] == shown.extent
+    assert model["extent"] == drawn.extent
 
 
 def texts_in(data):

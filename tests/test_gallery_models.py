@@ -10,6 +10,8 @@ import faults
 import pytest
 import torch
 from harness import (
+    PICTURES,
+    data_of,
     expect_one_message,
     expect_same_files,
     expect_success,
@@ -20,7 +22,6 @@ from harness import (
     write_data,
 )
 from PIL import ImageDraw
-from test_gallery import NAMES, data_of
 
 import quest_12_1 as quest
 from dreams import gallery
@@ -50,7 +51,7 @@ def save_model(folder, **changes):
 def earlier(folder):
     """A clone whose dreams/ holds a model and all five pictures of an earlier one."""
     save_model(folder / "dreams")
-    for name in NAMES:
+    for name in PICTURES:
         (folder / "dreams" / name).write_bytes(EARLIER)
     return folder / "dreams"
 
@@ -89,7 +90,7 @@ def test_a_new_model_s_pictures_replace_the_earlier_ones(earlier, call):
     result = call(gallery.main)
 
     expect_success(result)
-    for name in NAMES:
+    for name in PICTURES:
         data = (earlier / name).read_bytes()
         assert data != EARLIER, f"{name} is the earlier one"
         assert f"dreams/{name}" in result.stdout
@@ -103,7 +104,7 @@ def test_without_a_plane_there_are_growth_and_mirror(earlier, call, latent_dim):
     result = call(gallery.main)
 
     expect_success(result)
-    for name in NAMES:
+    for name in PICTURES:
         assert (earlier / name).exists() == (name not in PLANE), name
         assert (name in result.stdout) == (name not in PLANE), name
     assert f"this model has {latent_dim}" in result.stdout
@@ -154,7 +155,7 @@ def test_a_model_in_a_folder_elsewhere_is_drawn_there(earlier, tmp_path_factory,
 
     expect_success(call(gallery.main, str(elsewhere)))
 
-    assert sorted(files_in(elsewhere)) == sorted([*NAMES, "dream_model.pt"])
+    assert sorted(files_in(elsewhere)) == sorted([*PICTURES, "dream_model.pt"])
     expect_same_files(earlier, before)
 
 
@@ -404,8 +405,8 @@ def test_a_full_disk_is_one_message_and_keeps_the_earlier_pictures(earlier, fold
     """Full at the last byte of the largest file, the page or a picture."""
     before = files_in(earlier)
     expect_success(run_gallery(folder))
-    largest = max((earlier / name).stat().st_size for name in NAMES)
-    for name in NAMES:
+    largest = max((earlier / name).stat().st_size for name in PICTURES)
+    for name in PICTURES:
         (earlier / name).write_bytes(EARLIER)
 
     full = partial(faults.no_room_beyond, largest - 1)

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import socket
+import sys
 from types import SimpleNamespace
 
 import faults
@@ -22,7 +23,6 @@ from harness import (
     levels,
     run_job,
     run_script,
-    write_data,
 )
 from torchvision.utils import make_grid
 
@@ -328,8 +328,6 @@ def state_of_process():
 
 def import_learn_and_run_main():
     """In a child: print the state before, after the import, after learn, after main."""
-    import sys
-
     sys.modules.pop("quest_12_1")  # this module has imported it
     states = [state_of_process()]
     import quest_12_1 as quest
@@ -358,8 +356,6 @@ def changes(before, after):
 
 def import_alone():
     """In a child, with no network and an argument that is none."""
-    import sys
-
     sys.argv = ["cell.py", "--nonsense"]
     sys.modules.pop("quest_12_1")
     faults.no_network()
@@ -393,12 +389,3 @@ def test_main_returns_in_a_notebook_and_runs_again(folder, call):
         torch.load(f"{name}/dream_model.pt")["model"] for name in ("one", "two")
     )
     expect_equal(one, two)
-
-
-def test_images_that_were_labelled_by_few_still_train(folder, own_data, digits, call):
-    """A data set of one image: one batch of one."""
-    (folder / "data").rename(folder / "unused")
-    image = torch.randint(256, (1, 28, 28), dtype=torch.uint8)
-    write_data(own_data, image, torch.tensor([3], dtype=torch.uint8))
-
-    expect_success(call(quest.main, "--device", "cpu", "--epochs", "1"))
