@@ -13,7 +13,8 @@ data set in data, and dreams/plane.html. It writes, beside the model:
     dream_codes.png     where the encoder puts the held-out images on that plane
     dream_plane.html    a page on which to draw and to move a cloud over that plane
 
-The last three need a model with two numbers in z, the page a network that it can compute.
+The last three need a model with two numbers in z, the page a network that it can
+compute.
 """
 
 import argparse
@@ -124,8 +125,12 @@ def read_model(path):
             f"{path} cannot be read, {type(error).__name__}: {quest.first_line(error)}"
         ) from error
     try:
-        settings = quest.Settings(**saved["settings"])
-        return {**saved, "settings": settings}
+        return {
+            "settings": quest.Settings(**saved["settings"]),
+            "model": saved["model"],
+            "losses": saved["losses"],
+            "dreams": saved["dreams"],
+        }
     except (LookupError, TypeError, ValueError) as error:
         raise quest.JobError(
             f"{path} is not of this version: run python quest_12_1.py again."
@@ -224,8 +229,8 @@ def draw_codes(run):
 def draw_plane(mu, targets, extent, size=PLANE):
     """Draw a dot at each mu: (N, 2), coloured by class, and N(0, I)'s circles.
 
-    The circles have the radii 1, 2 and 3. The dots are drawn in the order of the images,
-    which is random, so that no class hides another.
+    The circles have the radii 1, 2 and 3. The dots are drawn in the order of the
+    images, which is random, so that no class hides another.
     """
     fine = 4 * size  # drawn large, then reduced: smooth edges
     picture = Image.new("RGB", (fine, fine))
@@ -304,7 +309,7 @@ def page_model(run, x, places):
 
 
 def read_template():
-    """Return the page's template before and after the model's slot, or raise JobError."""
+    """Return what stands before and after the model's slot in the page's template."""
     try:
         before, after = TEMPLATE.read_text(encoding="utf-8").split(SLOT)
         return before, after
@@ -388,15 +393,17 @@ def remove_others(folder, contents):
 
 
 def main(argv=None):
-    """Run the command line `argv`, by default the process's own; return the exit code."""
+    """Run the command line `argv`, by default the process's own; return its code."""
     parser = argparse.ArgumentParser(
         prog="python -m dreams.gallery",
         description="Draw what a saved model has learned.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "folder", nargs="?", default="dreams", help=f"folder of {MODEL}"
+        "folder",
+        nargs="?",
+        default="dreams",
+        help=f"folder of {MODEL} (default: %(default)s)",
     )
     parser.add_argument(
         "--beside", metavar="FOLDER", help="folder of a second model for the page"
