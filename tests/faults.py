@@ -12,7 +12,6 @@ import sys
 
 import PIL.Image
 import torch
-import torchvision
 
 
 # ---- The process is stopped ----------------------------------------------------------
@@ -37,8 +36,14 @@ def listen_to_ctrl_c():
 
 
 def ctrl_c_before_training():
+    """When the training images are opened."""
     listen_to_ctrl_c()
-    torchvision.transforms.ToTensor.__call__ = end_itself(signal.SIGINT)
+
+    def interrupt(event, arguments):
+        if event == "open" and "train-images" in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sys.addaudithook(interrupt)
 
 
 def ctrl_c_in_training():

@@ -194,7 +194,6 @@ def test_a_step_that_waits_for_the_gpu_is_refused_with_its_line(digits):
         quest.train_epoch(step, digits[:512].to(DEVICE).split(128))
 
     assert "reading_step" in functions_in(caught.value)
-    assert not quest.is_expected(caught.value), "a bug is told without its traceback"
 
 
 def test_a_bug_in_a_step_is_told_as_itself(digits):
