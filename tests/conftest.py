@@ -70,7 +70,7 @@ def digits(held_out):
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
-    """A data folder like the clone's, with FEW digits for training and the same again."""
+    """A folder like the clone's data, with FEW digits to train on and hold out."""
     root = tmp_path_factory.mktemp("few")
     images = read_idx(MNIST / "t10k-images-idx3-ubyte")[:FEW]
     labels = read_idx(MNIST / "t10k-labels-idx1-ubyte")[:FEW]

@@ -1,8 +1,8 @@
 """What the tests share: a clone, programs as real processes, comparisons in words.
 
-A program runs in a process that is forked from a server which has imported PyTorch, since
-a fresh interpreter needs 3 s for that. Everything else about the process is real: it has
-its own folder, arguments, output, signals, limits and exit code.
+A program runs in a process that is forked from a server which has imported PyTorch,
+since a fresh interpreter needs 3 s for that. Everything else about the process is real:
+it has its own folder, arguments, output, signals, limits and exit code.
 
 This module does not import the script, so that a child imports its own clone's.
 """
@@ -166,7 +166,7 @@ def expect_one_message(result, *parts, program="quest_12_1.py"):
 
 
 def expect_equal(got, expected):
-    """Expect two dicts of tensors to be equal, bit by bit, or tell what differs first."""
+    """Expect two dicts of tensors to be equal bit by bit, or tell what differs."""
     assert got.keys() == expected.keys(), (
         f"expected the names {list(expected)}, not {list(got)}"
     )
@@ -212,7 +212,7 @@ def expect_same_files(folder, before):
     assert not changed, f"changed: {changed}"
 
 
-# ---- Pictures, pages and draws --------------------------------------------------------------
+# ---- Pictures, pages and draws -------------------------------------------------------
 PICTURES = [
     "dream_canvas.png",
     "dream_codes.png",
@@ -230,7 +230,7 @@ def data_of(page):
 
 
 def levels(path, mode="L", frame=0):
-    """Return a picture's levels, from 0 to 255: (H, W), or (H, W, 3) with mode "RGB"."""
+    """Return a picture's levels, 0 to 255: (H, W), or (H, W, 3) with mode "RGB"."""
     with Image.open(path) as image:
         image.seek(frame)
         return levels_of(image, mode)

@@ -85,8 +85,8 @@ def train(accelerate, x, epochs):
     return told | all_of(model, optimizer) | {"images": x}
 
 
-# Last batches: of 1,000 digits 104, of 640 as many as the others, of 130 two; 128 and 50
-# make a single batch.
+# Last batches: of 1,000 digits 104, of 640 as many as the others, of 130 two; 128 and
+# 50 make a single batch.
 @pytest.mark.parametrize("count", [1000, 640, 130, 128, 50])
 def test_captured_epochs_are_the_same_steps(digits, count):
     epochs = [(1, 1e-3), (1, 1e-3)]

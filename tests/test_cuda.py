@@ -46,8 +46,7 @@ def clone(tmp_path):
 def start(folder, *command):
     """Run a command with this Python in `folder`, each in a fresh interpreter.
 
-    A process that is forked from one that has imported PyTorch, as the other tests' are,
-    may not be one that CUDA supports.
+    Not forked as the other tests' processes are: CUDA does not support each such.
     """
     return subprocess.run(
         [sys.executable, *command],
