@@ -56,6 +56,24 @@ def ctrl_c_in_saving():
     os.replace = end_itself(signal.SIGINT)
 
 
+# ---- The GPU ------------------------------------------------------------------------
+def little_gpu_memory():
+    """Leave this process a few hundred MB of the GPU."""
+    torch.cuda.set_per_process_memory_fraction(0.003)
+
+
+def step_that_waits():
+    """Let each training step read a number from the GPU."""
+    take_step = torch.optim.Adam.step
+
+    def reading_step(self, *arguments):
+        result = take_step(self, *arguments)
+        self.param_groups[0]["params"][0].sum().item()
+        return result
+
+    torch.optim.Adam.step = reading_step
+
+
 # ---- The files -----------------------------------------------------------------------
 def give_up_privileges():
     """Obey the permissions of files, which root does not while it has capabilities."""

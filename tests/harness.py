@@ -82,14 +82,16 @@ def write_template(path):
 
 
 # ---- Processes -----------------------------------------------------------------------
-def run_script(folder, *arguments, fault=None, threads=1):
-    """Run quest_12_1.py in a process, in the clone `folder`, on the CPU.
+def run_script(folder, *arguments, device="cpu", fault=None, threads=1):
+    """Run quest_12_1.py in a process, in the clone `folder`.
 
+    device: for --device; None for no such option.
     fault: a function that makes something go wrong, called first in that process.
+    threads: of PyTorch's; None for as many as it takes by itself.
     Returns a subprocess.CompletedProcess: returncode, stdout, stderr.
     """
-    job = partial(script_job, ["--device", "cpu", *arguments], fault, threads)
-    return run_job(folder, job)
+    options = ["--device", device] if device else []
+    return run_job(folder, partial(script_job, [*options, *arguments], fault, threads))
 
 
 def run_gallery(folder, *arguments, fault=None):

@@ -181,6 +181,7 @@ def functions_in(error):
     return names
 
 
+@ONLY_STAND_IN  # on a GPU the process cannot go on: test_cuda.py has a process for it
 def test_a_step_that_waits_for_the_gpu_is_refused_with_its_line(digits):
     model, optimizer = new_model()
 

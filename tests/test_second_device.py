@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def run_far(folder, *arguments):
     """Run the script on "far"; return how often which function crossed."""
     (folder / CROSSINGS).unlink(missing_ok=True)
-    result = run_script(folder, "--device", "far:0", *arguments, fault=use_far_device)
+    result = run_script(folder, *arguments, device="far:0", fault=use_far_device)
     expect_success(result)
     return Counter((folder / CROSSINGS).read_text().splitlines())
 
