@@ -170,14 +170,15 @@ def test_most_steps_are_replayed(digits, count_replays):
 
 
 def functions_in(error):
-    """The names of the functions in an error's traceback, and in its causes'."""
+    """The names of the functions in an error's traceback, as Python prints it."""
     names = []
     while error is not None:
         place = error.__traceback__
         while place is not None:
             names.append(place.tb_frame.f_code.co_name)
             place = place.tb_next
-        error = error.__cause__ or error.__context__
+        hidden = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or hidden
     return names
 
 
