@@ -124,6 +124,7 @@ def child(folder, job, printed):
 
 
 def script_job(arguments, fault, threads):
+    """What run_script's process does: first the fault, then the script as it is."""
     if threads:
         torch.set_num_threads(threads)  # two processes with two threads each crawl
     if fault:
@@ -133,6 +134,7 @@ def script_job(arguments, fault, threads):
 
 
 def gallery_job(arguments, fault):
+    """What run_gallery's process does: first the fault, then the gallery as it is."""
     torch.set_num_threads(1)
     if fault:
         fault()
