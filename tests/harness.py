@@ -69,16 +69,9 @@ def make_clone(folder, data):
     (folder / "dreams").mkdir()
     shutil.copy(SCRIPT, folder)
     shutil.copy(GALLERY, folder / "dreams")
-    write_template(folder / "dreams" / "plane.html")
+    shutil.copy(TEMPLATE, folder / "dreams")
     (folder / "data").symlink_to(data)
     return folder
-
-
-def write_template(path):
-    """Write the page's template to `path`, or the least page that has its slot."""
-    slot = '<script id="run" type="application/json"></script>'
-    text = TEMPLATE.read_text()
-    path.write_text(text if slot in text else f"<!doctype html>{slot}")
 
 
 # ---- Processes -----------------------------------------------------------------------
