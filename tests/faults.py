@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import PIL.Image
 import torch
@@ -111,6 +112,16 @@ def no_network():
     def forbid(event, _):
         if event.startswith("socket."):
             sys.exit("a network call")
+
+    sys.addaudithook(forbid)
+
+
+def no_data():
+    """End the process when it opens a file of the data."""
+
+    def forbid(event, arguments):
+        if event == "open" and "data" in Path(str(arguments[0])).parts:
+            sys.exit(f"opened {arguments[0]}")
 
     sys.addaudithook(forbid)
 

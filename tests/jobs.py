@@ -46,7 +46,8 @@ def import_learn_and_run_main():
 
 
 def import_alone():
-    """Import the script, without a network and with an argument that it has not."""
+    """Import the script: no network, no data, and an argument that it has not."""
     sys.argv = ["cell.py", "--nonsense"]
     faults.no_network()
+    faults.no_data()
     import quest_12_1  # noqa: F401

@@ -318,7 +318,7 @@ def changes(before, after):
     return {name for name in before if before[name] != after[name]}
 
 
-def test_the_import_parses_trains_and_writes_nothing(folder):
+def test_the_import_parses_loads_and_writes_nothing(folder):
     before = files_in(folder)
 
     result = run_job(folder, jobs.import_alone)
