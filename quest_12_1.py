@@ -70,7 +70,8 @@ class Settings:
 
     dataset: str = setting("MNIST", f"data set: {', '.join(DATASETS)}")
     hidden: int = setting(
-        400, "units per hidden layer; with 200 the loss is 2 higher, with 800 1 lower"
+        400,
+        "units per hidden layer; with 200 the loss is 2 higher, with 800 about 1 lower",
     )
     latent_dim: int = setting(
         2, "numbers in z; 2 make a plane to look at, with 10 the loss is 44 lower"
@@ -246,7 +247,7 @@ def train_step(model, optimizer, x, beta=Settings.beta):
     optimizer.zero_grad()
     recon_x, mu, logvar = model(x)
     loss = loss_function(recon_x, x, mu, logvar, beta)
-    loss.backward()  # Adam's step is the same for the sum as for the mean; SGD's is not
+    loss.backward()  # Adam's step is as large for a sum as for a mean; SGD's is not
     optimizer.step()
     return loss.detach()  # the number, without the record of how it was computed
 
