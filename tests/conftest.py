@@ -24,7 +24,7 @@ from harness import (
     read_idx,
     run_gallery,
     run_script,
-    write_data,
+    write_split,
 )
 
 import quest_12_1 as quest
@@ -64,11 +64,12 @@ def digits(held_out):
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
-    """A folder like the clone's data, with FEW digits to train on and hold out."""
+    """A folder like the clone's data, with FEW digits to train on and FEW held out."""
     root = tmp_path_factory.mktemp("few")
-    images = read_idx(MNIST / "t10k-images-idx3-ubyte")[:FEW]
-    labels = read_idx(MNIST / "t10k-labels-idx1-ubyte")[:FEW]
-    write_data(root / "MNIST" / "raw", images, labels)
+    for split in ("train", "t10k"):
+        images = read_idx(MNIST / f"{split}-images-idx3-ubyte")[:FEW]
+        labels = read_idx(MNIST / f"{split}-labels-idx1-ubyte")[:FEW]
+        write_split(root / "MNIST" / "raw", split, images, labels)
     return root
 
 

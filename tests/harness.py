@@ -55,13 +55,20 @@ def write_idx(path, numbers):
     path.write_bytes(head + numbers.contiguous().numpy().tobytes())
 
 
+def write_split(raw, split, images, labels):
+    """Write one of a data set's two splits, "train" or "t10k" (held out), into `raw`.
+
+    images: (N, H, W), labels: (N,), both uint8.
+    """
+    raw.mkdir(parents=True, exist_ok=True)
+    write_idx(raw / f"{split}-images-idx3-ubyte", images)
+    write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+
+
 def write_data(raw, images, labels):
-    """Write a data set into the folder `raw`, the same images twice: for training and
-    as held-out images. images: (N, H, W), labels: (N,), both uint8."""
-    raw.mkdir(parents=True)
-    for split in ("train", "t10k"):
-        write_idx(raw / f"{split}-images-idx3-ubyte", images)
-        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+    """Write a data set into `raw` whose two splits hold the same images."""
+    write_split(raw, "train", images, labels)
+    write_split(raw, "t10k", images, labels)
 
 
 def make_clone(folder, data):

@@ -220,6 +220,14 @@ def test_damaged_data_are_one_message_with_folder_and_cure(own_data, call, damag
     assert not os.path.exists("dreams/dream_sample.png")
 
 
+def test_what_is_missing_is_asked_for_in_the_network(own_data, call):
+    remove_one(own_data)
+
+    message = expect_one_message(call(quest.main, *CPU))
+
+    assert "refused" in message, f"no download was tried: {message}"
+
+
 def data_files():
     return sorted(Path("data/MNIST/raw").iterdir())
 

@@ -152,6 +152,7 @@ def test_the_growth_plays_each_frame_and_begins_again(small_gallery, saved):
 
         assert len(frames) == len(saved["dreams"])
         assert min(frames) > 0
+        assert frames[-1] > max(frames[:-1]), "the last one does not stay to be seen"
         assert animation.info["loop"] == 0, "it does not play for ever"
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import faults
 import pytest
@@ -174,6 +175,59 @@ def test_pictures_tell_which_run_they_are_of(earlier, call, texts):
     for title in titles:
         assert "MNIST" in title
         assert "seed 11" in title
+
+
+def test_each_frame_of_the_growth_tells_its_epoch(earlier, call, texts):
+    epochs = gallery.Run("dreams").settings.epochs
+
+    call(gallery.main)
+
+    of_growth = [text for text in texts if "training" in text or "after" in text]
+    assert of_growth == [
+        "MNIST: before training",
+        *(f"MNIST: after epoch {epoch}" for epoch in range(1, epochs + 1)),
+    ]
+
+
+def test_canvas_and_codes_tell_how_far_their_plane_goes(earlier, call, texts):
+    half = gallery.Run("dreams").extent
+
+    call(gallery.main)
+
+    of_plane = [text for text in texts if "plane" in text]
+    assert len(of_plane) == 2
+    assert all(text.endswith(f"from -{half} to {half}") for text in of_plane)
+
+
+def test_what_a_run_does_not_draw_goes_only_when_the_rest_is_saved(
+    earlier, call, monkeypatch
+):
+    save_model(earlier, latent_dim=8)
+    before = files_in(earlier)
+
+    def refuse(*_):
+        raise quest.JobError("a full disk")
+
+    monkeypatch.setattr(quest, "save_files", refuse)
+
+    expect_one_message(call(gallery.main), "a full disk", program="dreams.gallery")
+
+    expect_same_files(earlier, before)
+
+
+class Malicious:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("it ran"),)
+
+
+def test_a_file_that_would_run_code_is_refused(earlier, refused):
+    torch.save({"settings": Malicious()}, "dreams/dream_model.pt")
+
+    refused("dream_model.pt cannot be read")
+
+    assert not Path("it ran").exists()
 
 
 def test_a_model_in_a_folder_elsewhere_is_drawn_there(

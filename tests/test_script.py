@@ -193,6 +193,40 @@ def test_json_is_one_line_with_the_result(small_run):
         assert loss["held_out"] == pytest.approx(held_out, abs=0.006)
 
 
+def test_the_message_tells_the_last_epoch_and_the_weight_of_kld(
+    folder, call, monkeypatch
+):
+    losses = [
+        {"train": 101.0, "held_out": 100.0, "bce": 90.0, "kld": 4.0},
+        {"train": 99.0, "held_out": 120.0, "bce": 95.0, "kld": 10.0},
+    ]
+    made = quest.VAE(), [torch.zeros(1, 1, quest.SIDE, quest.SIDE)], losses
+    monkeypatch.setattr(quest, "learn", lambda *_: made)
+
+    result = call(quest.main, "--device", "cpu", "--beta", "2.5")
+
+    told = "Held-out loss: 120.00 nats per image, BCE 95.00 + 2.5 x KLD 10.00."
+    assert told in result.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_steps_are_captured_on_a_gpu_alone(folder, call, monkeypatch, device):
+    """The job's choice; what a captured step does, test_captured.py and a GPU show."""
+    given = []
+
+    def learn_of(x_train, x_test, settings, accelerate=None):
+        given.append(accelerate)
+        raise quest.JobError("enough seen")
+
+    monkeypatch.setattr(quest, "open_device", torch.device)
+    monkeypatch.setattr(quest, "images_on", lambda device, dataset: torch.zeros(1, 1))
+    monkeypatch.setattr(quest, "learn", learn_of)
+
+    call(quest.main, "--device", device)
+
+    assert given == [quest.CapturedStep if device == "cuda" else None]
+
+
 def test_sample_and_model_are_all_that_is_saved(small_run):
     saved = sorted(path.name for path in small_run.output.iterdir())
 

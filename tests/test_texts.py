@@ -32,6 +32,13 @@ def blocks(page, language):
     return [code for name, code in marked if name == language]
 
 
+def run_code(code):
+    """Run a page's own lines as they are printed; return the names that they leave."""
+    names = {}
+    exec(code, names)  # noqa: S102
+    return names
+
+
 def block_with(page, language, part):
     """Return the one code block of a page that holds `part`."""
     found = [code for code in blocks(page, language) if part in code]
@@ -146,12 +153,12 @@ def trained(tmp_path, main_job, monkeypatch):
 
 def test_a_direct_draw_passes_zeros_back_and_the_trick_ones(capsys):
     code = block_with(EXPLANATION, "python", "torch.normal")
-    exec(code, {})
+    run_code(code)
     assert capsys.readouterr().out.splitlines() == re.findall(r"  # (tensor.*)", code)
 
 
 def test_the_check_of_the_bound_prints_what_the_page_says(trained, capsys):
-    exec(block_with(EXPLANATION, "python", "log_px"), {})
+    run_code(block_with(EXPLANATION, "python", "log_px"))
     form = r"loss (\d+\.\d), -log p\(x\) (\d+\.\d)"
     printed = re.fullmatch(form + "\n", capsys.readouterr().out)
     told = re.search(f"prints `{form}`", EXPLANATION.read_text(encoding="utf-8"))
@@ -160,18 +167,17 @@ def test_the_check_of_the_bound_prints_what_the_page_says(trained, capsys):
 
 
 def test_the_lines_for_the_saved_model_open_it(trained, capsys):
-    exec(block_with(README, "python", "load_state_dict"), {})
+    run_code(block_with(README, "python", "load_state_dict"))
     assert "'seed': 0" in capsys.readouterr().out
 
 
 def test_the_lines_for_a_notebook_train(folder):
-    exec(block_with(README, "python", "quest.main"), {})
+    run_code(block_with(README, "python", "quest.main"))
     assert (folder / "dreams" / "dream_sample.png").is_file()
 
 
 def test_the_lines_that_train_without_files_give_points_to_plot(folder):
-    names = {}
-    exec(block_with(README, "python", "quest.learn"), names)
+    names = run_code(block_with(README, "python", "quest.learn"))
     assert names["points"].shape == (len(names["x_test"]), 2)
     assert list((folder / "dreams").glob("dream_*")) == []
 
@@ -225,7 +231,7 @@ QUICK = ["cloud", "mean", "glow", "clouds", "width", "noise", "bound"]
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_recipe_of_a_picture_makes_it_again(trained, name):
-    exec(block_with(RECIPES, "python", f"dreams/example_{name}.png"), {})
+    run_code(block_with(RECIPES, "python", f"dreams/example_{name}.png"))
     made = levels(trained / "dreams" / f"example_{name}.png", "RGB")
     committed = levels(ROOT / "dreams" / f"example_{name}.png", "RGB")
     assert made.shape == committed.shape
@@ -245,6 +251,6 @@ def test_the_recipe_of_three_models_makes_a_picture_of_the_committed_size(traine
         shutil.copy(trained / "dreams" / "dream_model.pt", folder)
         shutil.copy(ROOT / "dreams" / "example_class.png", folder / "dream_sample.png")
 
-    exec(block_with(RECIPES, "python", "example_beta.png"), {})
+    run_code(block_with(RECIPES, "python", "example_beta.png"))
     made = levels(trained / "dreams" / "example_beta.png")
     assert made.shape == levels(ROOT / "dreams" / "example_beta.png").shape
