@@ -13,7 +13,8 @@ data set in data, and dreams/plane.html. It writes, beside the model:
     dream_codes.png     where the encoder puts the held-out images on that plane
     dream_plane.html    a page on which to draw and to move a cloud over that plane
 
-The last three need a model with two numbers in z, the page a network that it can compute.
+The last three need a model with two numbers in z, the page a network that it can
+compute.
 """
 
 import argparse
@@ -75,7 +76,7 @@ class Run:
     def __init__(self, folder):
         path = Path(folder, MODEL)
         saved = read_model(path)
-        self.settings = quest.Settings(**saved["settings"])
+        self.settings = saved["settings"]
         self.losses = saved["losses"]
         self.dreams = saved["dreams"]
         self.model = quest.VAE(self.settings.hidden, self.settings.latent_dim)
@@ -114,18 +115,26 @@ class Run:
 
 
 def read_model(path):
-    """Return what quest_12_1.py has saved at `path`, a dict, or raise JobError."""
+    """Return what quest_12_1.py has saved at `path`, its settings as Settings."""
     if not path.is_file():
         raise quest.JobError(f"there is no {path}: run python quest_12_1.py first.")
     try:
         saved = torch.load(path)
-        if saved.keys() >= {"settings", "model", "losses", "dreams"}:
-            return saved
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise quest.JobError(
-            f"{path} cannot be read: {quest.first_line(error)}"
+            f"{path} cannot be read, {type(error).__name__}: {quest.first_line(error)}"
         ) from error
-    raise quest.JobError(f"{path} was saved by another version of quest_12_1.py.")
+    try:
+        return {
+            "settings": quest.Settings(**saved["settings"]),
+            "model": saved["model"],
+            "losses": saved["losses"],
+            "dreams": saved["dreams"],
+        }
+    except (LookupError, TypeError, ValueError) as error:
+        raise quest.JobError(
+            f"{path} is not of this version: run python quest_12_1.py again."
+        ) from error
 
 
 def images_of_each_class(run, count):
@@ -204,8 +213,7 @@ def draw_canvas(run):
 
 def draw_codes(run):
     """Return the plane with a dot at each held-out image's mu, coloured by class."""
-    picture = Image.new("RGB", (PLANE, PLANE))
-    picture.paste(draw_plane(run.mu, run.targets, run.extent))
+    picture = draw_plane(run.mu, run.targets, run.extent)
     x, _ = images_of_each_class(run, 1)
     legend = torch.cat(
         [
@@ -221,8 +229,8 @@ def draw_codes(run):
 def draw_plane(mu, targets, extent, size=PLANE):
     """Draw a dot at each mu: (N, 2), coloured by class, and N(0, I)'s circles.
 
-    The circles have the radii 1, 2 and 3. The dots are drawn in the order of the images,
-    which is random, so that no class hides another.
+    The circles have the radii 1, 2 and 3. The dots are drawn in the order of the
+    images, which is random, so that no class hides another.
     """
     fine = 4 * size  # drawn large, then reduced: smooth edges
     picture = Image.new("RGB", (fine, fine))
@@ -300,14 +308,20 @@ def page_model(run, x, places):
     }
 
 
+def read_template():
+    """Return what stands before and after the model's slot in the page's template."""
+    try:
+        before, after = TEMPLATE.read_text(encoding="utf-8").split(SLOT)
+        return before, after
+    except (OSError, ValueError) as error:
+        raise quest.JobError(
+            f"{TEMPLATE} is missing or changed: git checkout -- dreams/plane.html"
+        ) from error
+
+
 def draw_page(run, beside=None):
     """Return the page of the run, and of a second one beside it: a text."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    before, slot, after = template.partition(SLOT)
-    if not slot:
-        raise quest.JobError(
-            f"{TEMPLATE} lacks the line that the model replaces: git checkout."
-        )
+    before, after = read_template()
     x, places = images_of_each_class(run, EACH)
     shown = {
         "dataset": run.settings.dataset,
@@ -379,15 +393,17 @@ def remove_others(folder, contents):
 
 
 def main(argv=None):
-    """Run the command line `argv`, by default the process's own; return the exit code."""
+    """Run the command line `argv`, by default the process's own; return its code."""
     parser = argparse.ArgumentParser(
         prog="python -m dreams.gallery",
         description="Draw what a saved model has learned.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "folder", nargs="?", default="dreams", help=f"folder of {MODEL}"
+        "folder",
+        nargs="?",
+        default="dreams",
+        help=f"folder of {MODEL} (default: %(default)s)",
     )
     parser.add_argument(
         "--beside", metavar="FOLDER", help="folder of a second model for the page"
