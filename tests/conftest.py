@@ -1,46 +1,169 @@
-"""Fixtures: the digits, a model, working folders with real data, and two runs whose results many tests look at."""
+"""Fixtures: the digits, clones to work in, and the runs that many tests look at."""
 
-import json
+import os
+import shutil
+from subprocess import CompletedProcess
+from typing import NamedTuple
+
+# Each test decides for itself whether there are bars, and none has a network: what
+# would ask for one finds a proxy that refuses. Both are read when tqdm, the browser's
+# driver and the children start.
+for name in ("TQDM_DISABLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+    os.environ.pop(name, None)
+    os.environ.pop(name.lower(), None)
+os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 import pytest
 import torch
-from harness import ROOT, prepare, run, run_small
+from harness import (
+    MNIST,
+    ROOT,
+    expect_success,
+    make_clone,
+    read_idx,
+    run_gallery,
+    run_script,
+    write_data,
+    write_template,
+)
 
 import quest_12_1 as quest
+from dreams import gallery
+
+FEW = 2000  # digits of a small run; the page shows 100 of each class
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--trained",
+        metavar="FOLDER",
+        help="take FOLDER/dream_model.pt for the main job's model: nothing is trained",
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch, tmp_path_factory):
+    """Begin each test with the same seed, one thread, denormals, and a template."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
+
+    template = tmp_path_factory.getbasetemp() / "plane.html"
+    write_template(template)
+    monkeypatch.setattr(gallery, "TEMPLATE", template)
+
+
+# ---- Digits --------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def held_out():
-    """The 10,000 held-out digits, (10000, 784), and their classes."""
+    """The 10,000 held-out digits, (10000, PIXELS), and their classes, (10000,)."""
     dataset = quest.load_data(ROOT / "data")[1]
     return quest.images_on("cpu", dataset), dataset.targets
 
 
-@pytest.fixture(autouse=True)
-def model():
-    """A model before training, from the seed that also fixes what the test draws."""
-    torch.manual_seed(0)
-    return quest.VAE()
+@pytest.fixture(scope="session")
+def digits(held_out):
+    """Held-out digits alone, for tests that train or measure on some of them."""
+    return held_out[0]
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """A data folder like the clone's, with FEW digits for training and the same again."""
+    root = tmp_path_factory.mktemp("few")
+    images = read_idx(MNIST / "t10k-images-idx3-ubyte")[:FEW]
+    labels = read_idx(MNIST / "t10k-labels-idx1-ubyte")[:FEW]
+    write_data(root / "MNIST" / "raw", images, labels)
+    return root
+
+
+# ---- Places to work in ---------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path, few_digits, monkeypatch):
+    """A clone with few digits, which is the current folder too."""
+    monkeypatch.chdir(make_clone(tmp_path, few_digits))
+    return tmp_path
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A working folder with MNIST and the gallery's template."""
-    return prepare(tmp_path)
+def own_data(folder, few_digits):
+    """The clone of `folder`, with data of its own that a test may damage: the folder
+    of the four files."""
+    (folder / "data").unlink()
+    shutil.copytree(few_digits, folder / "data")
+    return folder / "data" / "MNIST" / "raw"
+
+
+@pytest.fixture
+def call(capsys):
+    """A way to call a program's `main` within this process: call(quest.main, "--json").
+
+    It returns what a process would: returncode, stdout and stderr.
+    """
+
+    def call_main(main, *arguments):
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return CompletedProcess(arguments, code, out, err)
+
+    return call_main
+
+
+# ---- Runs ----------------------------------------------------------------------------
+class Job(NamedTuple):
+    """A run of the script: its folder, that of what it saved, and how it ended."""
+
+    folder: object  # the clone
+    output: object  # where dream_model.pt lies
+    result: object  # returncode, stdout and stderr; None if it was not run here
+
+
+SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
 
 
 @pytest.fixture(scope="session")
-def gallery(tmp_path_factory):
-    """A gallery run of two epochs on few digits, into a folder that has to be made: that folder, and its result."""
-    folder = prepare(tmp_path_factory.mktemp("gallery"))
-    result = run_small(folder, "--gallery", "--json", "--epochs", "2", "--seed", "3", "--output", "runs/seed 3")
-    assert result.returncode == 0 and not (folder / "dreams" / "dream_sample.png").exists(), result.stderr
-    assert result.stdout.count("\n") == 1 and result.stdout.endswith("\n")  # the one line of --json
-    return folder / "runs" / "seed 3", json.loads(result.stdout)
+def small_run(tmp_path_factory, few_digits):
+    """A run of two epochs on few digits, into a folder that has to be made."""
+    folder = make_clone(tmp_path_factory.mktemp("small"), few_digits)
+    result = run_script(folder, *SMALL, "--output", "runs/seed 3")
+    expect_success(result)
+    return Job(folder, folder / "runs" / "seed 3", result)
 
 
 @pytest.fixture(scope="session")
-def main_job(tmp_path_factory):
-    """The user's main job without a GPU, whole, with the gallery: 10 epochs on all digits."""
-    folder = prepare(tmp_path_factory.mktemp("main_job"))
-    return folder, run(folder, "--device", "cpu", "--gallery")
+def small_gallery(tmp_path_factory, small_run):
+    """The gallery of `small_run`, drawn in a copy of its clone."""
+    folder = tmp_path_factory.mktemp("gallery") / "clone"
+    shutil.copytree(small_run.folder, folder, symlinks=True)
+    result = run_gallery(folder, "runs/seed 3")
+    expect_success(result)
+    return Job(folder, folder / "runs" / "seed 3", result)
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory, pytestconfig):
+    """The user's main job without a GPU: 10 epochs on all digits.
+
+    With --trained FOLDER it is not run: FOLDER's model is taken, and `result` is None.
+    """
+    folder = make_clone(tmp_path_factory.mktemp("main_job"), ROOT / "data")
+    trained = pytestconfig.getoption("--trained")
+    if trained:
+        shutil.copy(f"{trained}/dream_model.pt", folder / "dreams")
+        return Job(folder, folder / "dreams", None)
+
+    result = run_script(folder, threads=None)
+    expect_success(result)
+    return Job(folder, folder / "dreams", result)
+
+
+@pytest.fixture(scope="session")
+def main_gallery(main_job):
+    """The folder of the main job's model, in which the gallery has drawn it."""
+    expect_success(run_gallery(main_job.folder))
+    return main_job.output

@@ -1,82 +1,254 @@
-"""Ways to run the script as the real process it is, in folders with real data, and to read what it saves."""
+"""What the tests share: a clone, programs as real processes, comparisons in words.
 
+A program runs in a process that is forked from a server which has imported PyTorch, since
+a fresh interpreter needs 3 s for that. Everything else about the process is real: it has
+its own folder, arguments, output, signals, limits and exit code.
+
+This module does not import the script, so that a child imports its own clone's.
+"""
+
+import json
 import multiprocessing
 import os
-import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT, TEMPLATE = ROOT / "quest_12_1.py", ROOT / "dreams" / "plane.html"
+SCRIPT = ROOT / "quest_12_1.py"
+GALLERY = ROOT / "dreams" / "gallery.py"
+TEMPLATE = ROOT / "dreams" / "plane.html"
+MNIST = ROOT / "data" / "MNIST" / "raw"
+
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+TIME_LIMIT = 1200  # seconds for one process; a slow machine is no failure
 
-# Python that a process executes first: the script has only 2,000 digits of each set then, 16 steps in place of 469.
-SMALL = """
-import torch, torchvision
-torch.set_num_threads(1)  # many of these may run at once
-def small(self, load=torchvision.datasets.MNIST._load_data):
-    return [part[:2000] for part in load(self)]  # images and labels
-torchvision.datasets.MNIST._load_data = small
-"""
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torchvision", "torch.utils.data", "torch.optim", "tqdm"])
+FORKS.set_forkserver_preload(
+    ["torchvision", "torch.utils.data", "torch.optim", "tqdm", "PIL.ImageDraw"]
+)
 
 
-def prepare(folder):
-    """Give the folder what a run needs besides the script: MNIST, which all share, and the gallery's template."""
-    (folder / "data").symlink_to(ROOT / "data")
+# ---- Data and clones -----------------------------------------------------------------
+def read_idx(path):
+    """Return the numbers of one of MNIST's files: (N, 28, 28) or (N,), uint8."""
+    data = bytearray(path.read_bytes())
+    dimensions = data[3]
+    shape = struct.unpack_from(f">{dimensions}i", data, 4)
+    numbers = torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * dimensions)
+    return numbers.view(shape)
+
+
+def write_idx(path, numbers):
+    """Write a tensor of uint8 as one of MNIST's files."""
+    head = bytes([0, 0, 8, numbers.dim()]) + struct.pack(
+        f">{numbers.dim()}i", *numbers.shape
+    )
+    path.write_bytes(head + numbers.contiguous().numpy().tobytes())
+
+
+def write_data(raw, images, labels):
+    """Write a data set into the folder `raw`, the same images twice: for training and
+    as held-out images. images: (N, H, W), labels: (N,), both uint8."""
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        write_idx(raw / f"{split}-images-idx3-ubyte", images)
+        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+
+
+def make_clone(folder, data):
+    """Make `folder` a clone: script, gallery and template, and a link to `data`."""
     (folder / "dreams").mkdir()
-    shutil.copy(TEMPLATE, folder / "dreams")
+    shutil.copy(SCRIPT, folder)
+    shutil.copy(GALLERY, folder / "dreams")
+    write_template(folder / "dreams" / "plane.html")
+    (folder / "data").symlink_to(data)
     return folder
 
 
-def run(folder, *arguments):
-    """Run the script in a fresh interpreter in `folder`, to its end."""
-    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+def write_template(path):
+    """Write the page's template to `path`, or the least page that has its slot."""
+    slot = '<script id="run" type="application/json"></script>'
+    text = TEMPLATE.read_text()
+    path.write_text(text if slot in text else f"<!doctype html>{slot}")
 
 
-def child(folder, name, script, arguments, prelude):
-    """What a forked process does: the Python `prelude`, then the script as __main__, from first line to exit."""
+# ---- Processes -----------------------------------------------------------------------
+def run_script(folder, *arguments, fault=None, threads=1):
+    """Run quest_12_1.py in a process, in the clone `folder`, on the CPU.
+
+    fault: a function that makes something go wrong, called first in that process.
+    Returns a subprocess.CompletedProcess: returncode, stdout, stderr.
+    """
+    job = partial(script_job, ["--device", "cpu", *arguments], fault, threads)
+    return run_job(folder, job)
+
+
+def run_gallery(folder, *arguments, fault=None):
+    """Run python -m dreams.gallery in a process, in the clone `folder`."""
+    return run_job(folder, partial(gallery_job, arguments, fault))
+
+
+def run_job(folder, job):
+    """Call job() in a process of its own, in `folder`; return a CompletedProcess."""
+    with tempfile.TemporaryDirectory() as printed:
+        process = FORKS.Process(target=child, args=(folder, job, printed))
+        process.start()
+        process.join(TIME_LIMIT)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"the process has not ended within {TIME_LIMIT} s")
+        out = Path(printed, "out").read_text()
+        err = Path(printed, "err").read_text()
+    return subprocess.CompletedProcess(job, process.exitcode, out, err)
+
+
+def child(folder, job, printed):
+    """What the process does: its output goes into files, then it does the job."""
     os.chdir(folder)
-    for descriptor, end in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
-    os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
-    sys.argv = [str(script), "--device", "cpu", *arguments]
-    exec(SMALL + prelude, {})
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.path.insert(0, str(folder))
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(printed, name), os.O_WRONLY | os.O_CREAT, 0o644)
+        os.dup2(file, descriptor)
+    job()
 
 
-def run_small(folder, *arguments, name="run", script=SCRIPT, prelude=""):
-    """Run the script on few digits, without a network, in a process forked from one that has done the imports."""
-    process = FORKS.Process(target=child, args=(folder, name, script, arguments, prelude))
-    process.start()
-    process.join(300)
-    printed = [(folder / f"{name}.{end}").read_text() for end in ("out", "err")]
-    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+def script_job(arguments, fault, threads):
+    if threads:
+        torch.set_num_threads(threads)  # two processes with two threads each crawl
+    if fault:
+        fault()
+    sys.argv = ["quest_12_1.py", *arguments]
+    runpy.run_path("quest_12_1.py", run_name="__main__")
 
 
-def edited(folder, name, value):
-    """A copy of the script in `folder` with another value for one of its settings."""
-    text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", SCRIPT.read_text(), flags=re.MULTILINE)
-    assert count == 1
-    (folder / SCRIPT.name).write_text(text)
-    return folder / SCRIPT.name
+def gallery_job(arguments, fault):
+    torch.set_num_threads(1)
+    if fault:
+        fault()
+    sys.argv = ["gallery.py", *arguments]
+    runpy.run_module("dreams.gallery", run_name="__main__", alter_sys=True)
+
+
+# ---- Expectations, which say in words what came --------------------------------------
+def expect_success(result):
+    """Expect exit code 0."""
+    assert result.returncode == 0, (
+        f"the program ended with {result.returncode} and said: {result.stderr[-2000:]}"
+    )
+
+
+def expect_one_message(result, *parts, program="quest_12_1.py"):
+    """Expect exit code 1 and one message of the program that holds all `parts`.
+
+    Returns the message.
+    """
+    said = result.stderr
+    assert result.returncode == 1, (
+        f"expected exit code 1, not {result.returncode}: {said}"
+    )
+    assert "Traceback" not in said, f"expected a message, not a traceback: {said}"
+
+    lines = [line for line in said.splitlines() if line.startswith(f"{program}: ")]
+    assert len(lines) == 1, f"expected one message, not {len(lines)}: {said}"
+    assert said.splitlines()[-1] == lines[0], f"the message is not the end: {said}"
+    for part in parts:
+        assert part in lines[0], f"the message lacks {part!r}: {lines[0]}"
+    return lines[0].removeprefix(f"{program}: ")
+
+
+def expect_equal(got, expected):
+    """Expect two dicts of tensors to be equal, bit by bit, or tell what differs first."""
+    assert got.keys() == expected.keys(), (
+        f"expected the names {list(expected)}, not {list(got)}"
+    )
+    for name, tensor in expected.items():
+        assert got[name].shape == tensor.shape, (
+            f"{name}: expected the shape {tuple(tensor.shape)}, "
+            f"not {tuple(got[name].shape)}"
+        )
+        differ = (got[name] != tensor).sum().item()
+        assert differ == 0, f"{name}: {differ} of {tensor.numel()} numbers differ"
+
+
+def expect_close(got, expected, **tolerance):
+    """Expect two dicts of tensors to be equal up to rounding, or tell what differs."""
+    assert got.keys() == expected.keys(), (
+        f"expected the names {list(expected)}, not {list(got)}"
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            got[name],
+            tensor,
+            **tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def files_in(folder):
+    """Return all that is below `folder`: {path: bytes, or None for a folder}."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def expect_same_files(folder, before):
+    """Expect `folder` to hold the same files, of the same bytes, as `before` says."""
+    now = files_in(folder)
+    assert now.keys() == before.keys(), (
+        f"appeared: {sorted(now.keys() - before.keys())}, "
+        f"disappeared: {sorted(before.keys() - now.keys())}"
+    )
+    changed = [name for name in now if now[name] != before[name]]
+    assert not changed, f"changed: {changed}"
+
+
+# ---- Pictures, pages and draws --------------------------------------------------------------
+PICTURES = [
+    "dream_canvas.png",
+    "dream_codes.png",
+    "dream_growth.gif",
+    "dream_mirror.png",
+    "dream_plane.html",
+]  # what the gallery makes of a model with a plane
+
+
+def data_of(page):
+    """Return the data in the slot of a page, a text: a dict."""
+    _, _, rest = page.partition('<script id="run" type="application/json">')
+    data, _, _ = rest.partition("</script>")
+    return json.loads(data)
 
 
 def levels(path, mode="L", frame=0):
-    """A picture's pixels, from 0 to 255: (height, width), or (height, width, 3)."""
+    """Return a picture's levels, from 0 to 255: (H, W), or (H, W, 3) with mode "RGB"."""
     with Image.open(path) as image:
         image.seek(frame)
-        return torch.tensor(list(image.convert(mode).tobytes())).view(*image.size[::-1], -1).squeeze(-1)
+        return levels_of(image, mode)
 
 
-def draws(seed, count):
-    """The points of the dreams and the noise of the evaluation that a seed decides: (64, 2), (count, 2)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(64, 2, generator=generator), torch.randn(count, 2, generator=generator)
+def levels_of(image, mode="L"):
+    """Return the levels of a picture that is in memory, as `levels` does."""
+    data = bytearray(image.convert(mode).tobytes())
+    pixels = torch.frombuffer(data, dtype=torch.uint8).float()
+    return pixels.view(image.height, image.width, -1).squeeze(-1)
+
+
+def draws(settings, count):
+    """Return the dreams' z and the evaluation's eps for `count` held-out images.
+
+    They come from the seed alone, so they are the same on every device.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    z = torch.randn(settings.samples, settings.latent_dim, generator=generator)
+    eps = torch.randn(count, settings.latent_dim, generator=generator)
+    return z, eps

@@ -1,142 +1,29 @@
-"""The captured step is the step: with real graphs where there is a GPU, otherwise with a stand-in for them."""
+"""A captured step does what the step does, bit by bit. Takes 5 s.
 
-import contextlib
+With CUDA's graphs where there is a GPU, otherwise with the stand-in of stand_ins.py.
+"""
 
 import pytest
 import torch
-from harness import GPUS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from harness import GPUS, expect_equal
+from stand_ins import let_the_cpu_capture
 
 import quest_12_1 as quest
 
-DEVICE, noise = ("cuda", torch.cuda.get_rng_state) if GPUS else ("cpu", torch.get_rng_state)
-
-
-def tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-class Graph:
-    """A stand-in for a CUDA graph on the CPU: what is recorded takes effect when it is replayed, in the same memory."""
-
-    def __init__(self):
-        self.tape = []  # operation, its arguments, whether it works in place, the memory of its result
-
-    @torch.no_grad()
-    def replay(self):
-        for operation, arguments, named, in_place, recorded in self.tape:
-            result = operation(*arguments, **named)
-            for memory, new in () if in_place else zip(tensors(recorded), tensors(result)):
-                memory.copy_(new)
-
-
-class Recording(TorchDispatchMode):
-    """Notes down each operation that would launch a kernel, and takes back what it did."""
-
-    def __init__(self, tape):
-        super().__init__()
-        self.tape = tape
-
-    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
-        if torch.Tag.data_dependent_output in operation.tags:  # .item()
-            raise RuntimeError("operation not permitted when stream is capturing")
-        schema, named = operation._schema, named or {}
-        view = any(part.alias_info is not None and not part.alias_info.is_write for part in schema.returns)
-        if view or "_record_function" in str(operation):
-            return operation(*arguments, **named)
-        in_place = tensors([a for a, s in zip(arguments, schema.arguments) if s.alias_info and s.alias_info.is_write])
-        before = [tensor.clone() for tensor in in_place]
-        result = operation(*arguments, **named)
-        for memory, value in zip(in_place, before):
-            memory.copy_(value)
-        for memory in () if in_place else tensors(result):
-            memory.fill_(0.5)  # as undefined as a GPU's memory before the first replay, but valid pixels
-        self.tape.append((operation, arguments, named, bool(in_place), result))
-        return result
-
-
-@contextlib.contextmanager
-def record(graph, **_):
-    before = noise()
-    with Recording(graph.tape):
-        yield
-    torch.set_rng_state(before)  # to record draws nothing
+DEVICE = "cuda" if GPUS else "cpu"
+ONLY_STAND_IN = pytest.mark.skipif(GPUS > 0, reason="about the stand-in for graphs")
 
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
-    """Without a GPU, let the script take the CPU for one, as far as its training steps are concerned."""
+    """Let the CPU record and replay, where there is no GPU."""
     if not GPUS:
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", record)
-        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        let_the_cpu_capture(monkeypatch)
 
 
-def one_by_one(model, optimizer, batches, beta):
-    """What train_epoch does and returns, each step taken as it is."""
-    losses, counts = zip(*[(quest.train_step(model, optimizer, x, beta), len(x)) for x in batches])
-    return sum(losses).item() / sum(counts)
-
-
-def trained(x, changes, rate=1e-3, within=lambda optimizer: None, epoch=None):
-    """An epoch for each (BETA, learning rate) of the changes; what is told and what is left, as tensors."""
-    torch.manual_seed(1)
-    model, x = quest.VAE().to(DEVICE), x.to(DEVICE, copy=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=True)
-
-    def batches():
-        for batch in x.split(128):
-            yield batch
-            within(optimizer)
-
-    losses = []
-    for beta, rate in changes:
-        if rate is not None:
-            optimizer.param_groups[0]["lr"] = rate
-        losses.append(torch.tensor((epoch or quest.train_epoch)(model, optimizer, batches(), beta)))
-    adam = [tensor for group in optimizer.state.values() for tensor in group.values()]
-    return [*losses, *model.parameters(), *adam, noise(), x]
-
-
-def same(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-# Of 1,000 digits the last batch has 104, of 640 as many as the others, of 130 two; 128 and 50 make a single batch.
-@pytest.mark.parametrize("count", [1000, 640, 130, 128, 50])
-def test_captured_epochs_are_the_same_steps_bit_for_bit_also_with_beta_and_rate_changed_between_them(held_out, count):
-    """Losses, weights, Adam's state, the noise's, and the images."""
-    x, changes = held_out[0][:count], [(1, 1e-3), (30, 1e-3), (1, 3e-3)]
-    captured = trained(x, changes)
-    assert same(captured, trained(x, changes, epoch=one_by_one)) and len(set(captured[:3])) == 3
-
-
-def test_learn_learns_the_same_twice_in_one_process_and_as_step_by_step(held_out, monkeypatch):
-    def learned():
-        model, dreams, losses = quest.learn(held_out[0][:600].to(DEVICE), held_out[0][600:700].to(DEVICE), epochs=3)
-        return [*map(torch.tensor, (list(loss.values()) for loss in losses)), *model.parameters(), *dreams, noise()]
-
-    first, second = learned(), learned()
-    monkeypatch.setattr(quest, "CapturedStep", lambda step: step)
-    assert same(first, second) and same(first, learned())
-
-
-def test_within_an_epoch_a_rate_on_the_gpu_is_followed_and_a_python_number_stays_as_it_was_captured(held_out):
-    def halve(optimizer):
-        optimizer.param_groups[0]["lr"] *= 0.5  # a tensor in its place
-
-    def falling(rate, epoch=None):
-        return trained(held_out[0][:1280], [(1, None)], rate, halve, epoch)
-
-    rates = [torch.tensor(1e-3, device=DEVICE) for _ in range(2)]
-    assert same(falling(rates[0]), falling(rates[1], one_by_one))
-    assert not same(falling(1e-3), falling(1e-3, one_by_one))
-
-
-def test_each_epoch_captures_its_second_batch_anew_and_replays_all_but_the_first_and_a_smaller_last_one(
-    held_out, monkeypatch
-):
+@pytest.fixture
+def count_replays(monkeypatch):
+    """A list that grows by one at each replay."""
     replays = []
 
     class Counted(torch.cuda.CUDAGraph):
@@ -145,7 +32,202 @@ def test_each_epoch_captures_its_second_batch_anew_and_replays_all_but_the_first
             super().replay()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
-    for count, expected in ((1000, 6), (512, 3), (200, 0)):  # 7 whole batches and a smaller one; 4 whole; one of each
-        trained(held_out[0][:count], [(1, 1e-3)] * 2)
-        assert len(replays) == 2 * expected and len(set(map(id, replays))) == 2 * bool(expected)
-        replays.clear()
+    return replays
+
+
+def one_by_one(step):
+    """In place of CapturedStep: the step as it is."""
+    return step
+
+
+def noise_state():
+    """The state of the generator that training's noise comes from."""
+    return torch.cuda.get_rng_state() if GPUS else torch.get_rng_state()
+
+
+def new_model(rate=1e-3):
+    """A VAE and its Adam, the same at each call."""
+    torch.manual_seed(1)
+    model = quest.VAE().to(DEVICE)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=rate, fused=True, capturable=True
+    )
+    return model, optimizer
+
+
+def all_of(model, optimizer):
+    """Weights, Adam's state and the noise's: tensors by their names."""
+    left = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for (name, _), state in zip(
+        model.named_parameters(), optimizer.state.values(), strict=True
+    ):
+        left |= {f"Adam's {key} of {name}": state[key].clone() for key in state}
+    left["noise"] = noise_state()
+    return left
+
+
+def train(accelerate, x, epochs):
+    """Train for an epoch per (beta, rate) of `epochs`, on batches of 128.
+
+    Returns all that is told and left, as tensors by their names.
+    """
+    model, optimizer = new_model()
+    x = x.to(DEVICE, copy=True)
+    told = {}
+    for number, (beta, rate) in enumerate(epochs, start=1):
+        optimizer.param_groups[0]["lr"] = rate
+
+        def step(batch, beta=beta):
+            return quest.train_step(model, optimizer, batch, beta)
+
+        loss = quest.train_epoch(accelerate(step), x.split(128))
+        told[f"loss of epoch {number}"] = torch.tensor(loss)
+    return told | all_of(model, optimizer) | {"images": x}
+
+
+# Last batches: of 1,000 digits 104, of 640 as many as the others, of 130 two; 128 and 50
+# make a single batch.
+@pytest.mark.parametrize("count", [1000, 640, 130, 128, 50])
+def test_captured_epochs_are_the_same_steps(digits, count):
+    epochs = [(1, 1e-3), (1, 1e-3)]
+
+    captured = train(quest.CapturedStep, digits[:count], epochs)
+
+    expect_equal(captured, train(one_by_one, digits[:count], epochs))
+
+
+def test_beta_and_rate_may_change_between_epochs(digits):
+    epochs = [(1, 1e-3), (30, 1e-3), (0, 3e-3), (1, 0.0)]
+
+    captured = train(quest.CapturedStep, digits[:1000], epochs)
+
+    expect_equal(captured, train(one_by_one, digits[:1000], epochs))
+
+
+def test_learn_is_the_same_captured_and_twice_in_one_process(digits):
+    x = digits[:600].to(DEVICE)
+    x_test = digits[600:700].to(DEVICE)
+    settings = quest.Settings(epochs=3)
+
+    def learned(accelerate):
+        model, dreams, losses = quest.learn(x, x_test, settings, accelerate)
+        told = {
+            f"{name} of epoch {number}": torch.tensor(value)
+            for number, loss in enumerate(losses, start=1)
+            for name, value in loss.items()
+        }
+        pictures = {f"dreams {n}": images for n, images in enumerate(dreams)}
+        return told | pictures | model.state_dict() | {"noise": noise_state()}
+
+    first = learned(quest.CapturedStep)
+
+    expect_equal(learned(quest.CapturedStep), first)
+    expect_equal(learned(one_by_one), first)
+
+
+def test_a_rate_on_the_device_may_fall_within_an_epoch(digits):
+    x = digits[:1280].to(DEVICE)
+
+    def falling(accelerate):
+        model, optimizer = new_model(rate=torch.tensor(1e-3, device=DEVICE))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.8**n)
+        step = accelerate(lambda batch: quest.train_step(model, optimizer, batch))
+        for batch in x.split(128):
+            step(batch)
+            schedule.step()
+        return all_of(model, optimizer)
+
+    expect_equal(falling(quest.CapturedStep), falling(one_by_one))
+
+
+def test_losses_of_steps_can_be_kept_in_a_list(digits):
+    x = digits[:768].to(DEVICE)
+
+    def losses(accelerate):
+        model, optimizer = new_model()
+        step = accelerate(lambda batch: quest.train_step(model, optimizer, batch))
+        return torch.stack([step(batch) for batch in x.split(128)])
+
+    captured = losses(quest.CapturedStep)
+
+    expect_equal({"losses": captured}, {"losses": losses(one_by_one)})
+
+
+def test_noise_is_new_at_each_step(digits):
+    x = digits[:128].to(DEVICE)
+    model, optimizer = new_model(rate=0.0)
+    step = quest.CapturedStep(lambda batch: quest.train_step(model, optimizer, batch))
+
+    losses = [step(x).item() for _ in range(10)]
+
+    assert len(set(losses)) == 10, f"losses that repeat: {losses}"
+
+
+def test_most_steps_are_replayed(digits, count_replays):
+    train(quest.CapturedStep, digits[:1280], [(1, 1e-3)] * 2)
+
+    assert len(count_replays) > 10, f"of 20 steps {len(count_replays)} were replayed"
+
+
+def functions_in(error):
+    """The names of the functions in an error's traceback, and in its causes'."""
+    names = []
+    while error is not None:
+        place = error.__traceback__
+        while place is not None:
+            names.append(place.tb_frame.f_code.co_name)
+            place = place.tb_next
+        error = error.__cause__ or error.__context__
+    return names
+
+
+def test_a_step_that_waits_for_the_gpu_is_refused_with_its_line(digits):
+    model, optimizer = new_model()
+
+    def reading_step(batch):
+        loss = quest.train_step(model, optimizer, batch)
+        assert loss.item() > 0
+        return loss
+
+    step = quest.CapturedStep(reading_step)
+    with pytest.raises(RuntimeError, match="cannot be recorded") as caught:
+        quest.train_epoch(step, digits[:512].to(DEVICE).split(128))
+
+    assert "reading_step" in functions_in(caught.value)
+    assert not quest.is_expected(caught.value), "a bug is told without its traceback"
+
+
+def test_a_bug_in_a_step_is_told_as_itself(digits):
+    model, optimizer = new_model()
+    calls = []
+
+    def faulty_step(batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyError("a bug")
+        return quest.train_step(model, optimizer, batch)
+
+    step = quest.CapturedStep(faulty_step)
+    with pytest.raises(KeyError, match="a bug"):
+        quest.train_epoch(step, digits[:512].to(DEVICE).split(128))
+
+
+@ONLY_STAND_IN
+def test_each_device_records_on_a_stream_of_its_own(count_replays):
+    """ "meta" is a second device that every PyTorch has; it computes nothing."""
+    for device in ("cpu", "meta", "cpu"):
+        step = quest.CapturedStep(lambda batch: batch.sum())
+        for _ in range(3):
+            step(torch.ones(4, device=device))
+
+        assert count_replays[-1].stream.device == torch.device(device)
+
+
+@ONLY_STAND_IN
+def test_the_stand_in_refuses_what_cuda_refuses(digits):
+    model = quest.VAE()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    step = quest.CapturedStep(lambda batch: quest.train_step(model, optimizer, batch))
+
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        quest.train_epoch(step, digits[:512].split(128))

@@ -1,79 +1,197 @@
-"""On a GPU: the job as a user starts it, and the promises that only a GPU can keep or break."""
+"""What only a GPU can show; skipped where there is none. Takes 3 minutes on an H100.
 
+The job as a user starts it, and the promises that only a GPU can keep or break. Nearly
+all of the time goes into starting Python and PyTorch, 10 s a process.
+"""
+
+import json
+import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from harness import GPUS, ROOT, run
+from harness import (
+    GPUS,
+    ROOT,
+    SCRIPT,
+    TIME_LIMIT,
+    expect_equal,
+    expect_one_message,
+    expect_success,
+    make_clone,
+)
 from torch.utils.data import DataLoader
 
 import quest_12_1 as quest
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="no CUDA device here")
 
-
-def test_the_main_job_without_any_argument_trains_on_the_gpu_and_with_the_gallery_dreams_the_same_bytes(folder):
-    pictures, gallery = [], ["--gallery"]
-    for arguments in ([], gallery, gallery, [*gallery, "--seed", "1"]):
-        result = run(folder, *arguments)
-        assert result.returncode == 0 and f"s on {torch.cuda.get_device_name()}. " in result.stdout, result.stderr
-        assert 151.5 < float(result.stdout.split("Held-out loss: ")[1].split()[0]) < 157
-        pictures.append({path.name: path.read_bytes() for path in (folder / "dreams").glob("dream_*.png")})
-    assert pictures[0].items() <= pictures[1].items() == pictures[2].items() != pictures[3].items()
+FULL_GPU = """
+import sys, torch
+torch.cuda.set_per_process_memory_fraction(0.003)
+import quest_12_1
+sys.exit(quest_12_1.main(sys.argv[1:]))
+"""
 
 
-def test_from_the_same_weights_batches_and_noise_five_steps_on_the_gpu_reach_the_cpu_s_weights(held_out, monkeypatch):
-    """Five, since the first step of Adam is only a sign. The noise is a function of its place, so that both draw it."""
+@pytest.fixture
+def clone(tmp_path):
+    """A clone with all digits."""
+    return make_clone(tmp_path, ROOT / "data")
+
+
+def start(folder, *command):
+    """Run a command with this Python in `folder`, each in a fresh interpreter.
+
+    A process that is forked from one that has imported PyTorch, as the other tests' are,
+    may not be one that CUDA supports.
+    """
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIME_LIMIT,
+    )
+
+
+# ---- The job -------------------------------------------------------------------------
+def test_the_main_job_without_any_argument_dreams_the_same_bytes_twice(clone):
+    saved = []
+    for _ in range(2):
+        result = start(clone, SCRIPT.name)
+        expect_success(result)
+        assert "s on cuda. " in result.stdout
+        picture = (clone / "dreams" / "dream_sample.png").read_bytes()
+        saved.append((picture, torch.load(clone / "dreams" / "dream_model.pt")))
+
+    (picture, first), (again, second) = saved
+    assert picture == again, "the second run dreamt other bytes"
+    expect_equal(first["model"], second["model"])
+    assert first["losses"] == second["losses"]
+    # Seeds 0 to 4 ended at 153.88 to 155.84 on an H100.
+    assert first["losses"][-1]["held_out"] < 158
+
+
+def test_another_seed_dreams_other_digits(clone):
+    dreams = []
+    for seed in ("0", "1"):
+        expect_success(start(clone, SCRIPT.name, "--epochs", "1", "--seed", seed))
+        dreams.append(torch.load(clone / "dreams" / "dream_model.pt")["dreams"][-1])
+
+    assert not torch.equal(*dreams)
+
+
+def test_what_is_saved_opens_without_a_gpu(clone):
+    expect_success(start(clone, SCRIPT.name, "--epochs", "1"))
+
+    saved = torch.load(clone / "dreams" / "dream_model.pt")
+
+    assert all(weight.is_cpu for weight in saved["model"].values())
+    assert all(images.is_cpu for images in saved["dreams"])
+    expect_success(start(clone, "-m", "dreams.gallery"))
+
+
+# ---- The steps -----------------------------------------------------------------------
+def test_five_steps_on_the_gpu_reach_the_cpu_s_weights(digits, monkeypatch):
+    """Five, since the first step of Adam is only a sign. The noise is a function of its
+    place in the tensor, so that both draw the same, and that it can be recorded."""
 
     def noise(std):
-        return 1.4 * torch.sin(0.7 * torch.arange(std.numel(), device=std.device)).view_as(std)
+        place = torch.arange(std.numel(), device=std.device)
+        return 1.4 * torch.sin(0.7 * place).view_as(std)
 
     monkeypatch.setattr(torch, "randn_like", noise)
-    x, x_test = held_out[0][:640], held_out[0][640:]
-    cpu, gpu = (quest.learn(x.to(device), x_test.to(device), 1) for device in ("cpu", "cuda"))
-    for name, weight in cpu[0].state_dict().items():
-        apart = (gpu[0].state_dict()[name].cpu() - weight).abs()
-        assert (apart > 1e-4).float().mean() < 0.01, name  # a gradient of about 0 may differ in sign
-    assert gpu[2][0] == pytest.approx(cpu[2][0], rel=1e-3)
+    x, x_test = digits[:640], digits[640:2000]
+    settings = quest.Settings(epochs=1)
+
+    cpu, _, (on_cpu,) = quest.learn(x, x_test, settings)
+    gpu, _, (on_gpu,) = quest.learn(
+        x.cuda(), x_test.cuda(), settings, quest.CapturedStep
+    )
+
+    for name, weight in cpu.state_dict().items():
+        apart = (gpu.state_dict()[name].cpu() - weight).abs()
+        far = (apart > 1e-4).float().mean().item()
+        # Where a gradient is about 0, its sign may differ by rounding.
+        assert far < 0.01, f"{name}: {100 * far:.1f} % of the weights are elsewhere"
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_once_captured_no_step_of_an_epoch_waits_for_the_gpu(model, held_out):
-    optimizer = torch.optim.Adam(model.to("cuda").parameters(), fused=True, capturable=True)
+def test_once_captured_no_step_of_an_epoch_waits_for_the_gpu(digits):
+    """Any wait is an error from the third batch on; the capture itself waits."""
+    model = quest.VAE().cuda()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+    step = quest.CapturedStep(partial(quest.train_step, model, optimizer))
+    loader = DataLoader(digits[:2000].cuda(), batch_size=128, shuffle=True)
 
     def watched():
-        """A loader's batches; any wait is an error from the third on, before which the capture itself waits."""
-        batches = iter(DataLoader(held_out[0][:2000].to("cuda"), batch_size=128, shuffle=True))
+        batches = iter(loader)
         yield next(batches)
         yield next(batches)
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield from batches
             with pytest.raises(RuntimeError, match="synchroniz"):
-                model.fc1.bias[0].item()  # this waits: the check can fail
+                torch.ones(1, device="cuda").item()  # this waits: the check can fail
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    assert 100 < quest.train_epoch(model, optimizer, watched()) < 600
+    assert math.isfinite(quest.train_epoch(step, watched()))
 
 
-def test_a_second_learn_leaves_no_more_memory_in_use_than_the_first(held_out):
-    x, in_use = held_out[0][:2000].to("cuda"), []
+def test_a_third_learn_leaves_no_more_memory_in_use_than_the_second(digits):
+    x = digits[:2000].cuda()
+    in_use = []
     for _ in range(3):
-        quest.learn(x, x[:100], epochs=2)
+        quest.learn(x, x[:100], quest.Settings(epochs=2), quest.CapturedStep)
         in_use.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert in_use[1] == in_use[2]
+
+    assert in_use[2] == in_use[1], f"allocated and reserved after each: {in_use}"
 
 
-FULL, NAN = "CUDA out of memory.*", "loss nan, held-out nan: lower LEARNING_RATE"
+@pytest.mark.skipif(GPUS < 2, reason="there is one GPU")
+def test_two_gpus_in_one_process_learn_the_same(digits):
+    settings = quest.Settings(epochs=2)
+
+    def learned(device):
+        x = digits[:1280].to(device)
+        model = quest.learn(x, x[:100], settings, quest.CapturedStep)[0]
+        return {name: weight.cpu() for name, weight in model.state_dict().items()}
+
+    first = learned("cuda:0")
+
+    expect_equal(learned("cuda:1"), first)
+    expect_equal(learned("cuda:0"), first)
 
 
-@pytest.mark.parametrize("said", [FULL, NAN])
-def test_a_full_gpu_and_a_real_nan_are_one_message(folder, said):
-    change = "q.LEARNING_RATE = 1e3" if said == NAN else "torch.cuda.set_per_process_memory_fraction(0.003)"
-    job = f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import quest_12_1 as q; {change}; sys.exit(q.main())"
-    result = subprocess.run([sys.executable, "-c", job, "--epochs", "1"], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 1 and re.fullmatch(f"quest_12_1.py: {said}", result.stderr.splitlines()[-1])
-    assert not re.search("Assertion|Traceback", result.stderr) and not list((folder / "dreams").glob("dream_*"))
+# ---- What goes wrong -----------------------------------------------------------------
+def test_a_full_gpu_is_one_message(clone):
+    result = start(clone, "-c", FULL_GPU, "--epochs", "1")
+
+    expect_one_message(result, "CUDA out of memory")
+    assert not (clone / "dreams" / "dream_sample.png").exists()
+
+
+@pytest.mark.parametrize("rate", ["10", "1e3", "1e20"])
+def test_a_rate_that_is_too_high_is_one_message(clone, rate):
+    """Left to PyTorch's own check, NaN stops the GPU and, in a replay, the process."""
+    result = start(
+        clone, SCRIPT.name, "--epochs", "2", "--json", "--learning-rate", rate
+    )
+
+    message = expect_one_message(result, "lower the learning rate")
+    assert json.loads(result.stdout) == {"success": False, "message": message}
+    assert not re.search("Assertion|Traceback", result.stderr)
+    assert not (clone / "dreams" / "dream_sample.png").exists()
+
+
+def test_a_device_that_is_not_there_is_one_message(clone):
+    result = start(clone, SCRIPT.name, "--device", f"cuda:{GPUS}")
+
+    expect_one_message(result, f"device 'cuda:{GPUS}'", "invalid device ordinal")

@@ -1,179 +1,439 @@
-"""The promises for bad days, under real faults: nothing lost or half-written, every failure one clear message."""
+"""What can go wrong with the script, what is said then, and what is kept. Takes 30 s."""
 
-import ast
 import json
 import os
-import re
+import select
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import faults
 import pytest
 import torch
-from harness import ROOT, SCRIPT, edited, run_small
+from harness import (
+    GPUS,
+    ROOT,
+    TIME_LIMIT,
+    expect_one_message,
+    expect_same_files,
+    expect_success,
+    files_in,
+    levels,
+    run_script,
+)
 
 import quest_12_1 as quest
 
 EARLIER = b"an earlier picture"
-PAGE = Path("dreams/plane.html")
-TRAIN = Path("data/MNIST/raw/train-images-idx3-ubyte")
-
-# Root ignores permissions, unless it gives up its capabilities, as here: 0x20080522 is the version of the call.
-WITHOUT_PRIVILEGE = r"import ctypes; assert ctypes.CDLL(None).capset(b'\x22\5\x08\x20\0\0\0\0', bytes(24)) == 0"
-
-
-def picture(folder, leftovers=0):
-    """What dreams/ holds beside the template and `leftovers` temporary folders: "earlier", "whole" or "broken"."""
-    *parts, name, _ = sorted(os.listdir(folder / "dreams"))
-    assert [part[:6] for part in parts] == leftovers * [".part-"] and name == "dream_sample.png"
-    data = (folder / "dreams" / name).read_bytes()
-    whole = data.startswith(b"\x89PNG\r\n") and data.endswith(b"IEND\xaeB`\x82")
-    return "earlier" if data == EARLIER else "whole" if whole else "broken"
-
-
-def signal(number, moment):
-    """Python after which the process gets a real signal when it comes to calling the function `moment`."""
-    heard = "import signal; signal.signal(2, signal.default_int_handler)"  # also under nohup, which ignores Ctrl-C
-    return f"import os, PIL.Image; {heard}; {moment} = lambda *_, **__: os.kill(os.getpid(), {number})"
-
-
-@pytest.mark.parametrize("moment", ["PIL.Image.Image.save", "os.replace"])
-def test_a_kill_between_writing_the_picture_and_moving_it_loses_neither(folder, moment):
-    (folder / "dreams" / "dream_sample.png").write_bytes(EARLIER)
-    assert run_small(folder, "--epochs", "1", prelude=signal(9, moment)).returncode == -9
-    assert picture(folder, leftovers=1) == "earlier"
-    assert run_small(folder, "--epochs", "1").returncode == 0 and picture(folder, leftovers=1) == "whole"
-
-
-DATA = ("/data/MNIST can be neither read nor downloaded. ", "in its clone's folder", "git checkout -- data/MNIST. ")
-FAULTS = {  # what is done in a folder with data, Python to execute first, what is said
-    "there is no data": (lambda: shutil.rmtree("data"), "", (*DATA, "refused")),
-    "a file is missing": (TRAIN.unlink, "", (*DATA, "refused")),
-    "a file is cut short": (lambda: os.truncate(TRAIN, 1_000_000), "", (*DATA, "RuntimeError")),
-    "a file is empty": (lambda: os.truncate(TRAIN, 0), "", (*DATA, "ValueError")),
-    "a file is of another format": (lambda: TRAIN.write_bytes(b"PK\3\4" + TRAIN.read_bytes()[4:]), "", DATA),
-    "the labels are cut short": (lambda: os.truncate(TRAIN.with_name("t10k-labels-idx1-ubyte"), 10), "", DATA),
-    "a file cannot be read": (lambda: TRAIN.chmod(0), WITHOUT_PRIVILEGE, (*DATA, "Permission denied")),
-    "the page's template is missing": (PAGE.unlink, "", ("/dreams/plane.html", DATA[1])),
-    "the template is another file": (lambda: PAGE.write_text("<html>"), "", ("/dreams/plane.html", DATA[1])),
-    "the folder is a file": (lambda: Path("out").touch(), "", ("File exists: 'out'",)),
-    "the folder is read-only": (lambda: os.mkdir("out", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'out/",)),
-    "the folder cannot be made": (lambda: os.chmod(".", 0o555), WITHOUT_PRIVILEGE, ("Permission denied: 'out'",)),
-}
+CPU = ["--device", "cpu", "--epochs", "1"]
 
 
 @pytest.fixture
-def own_data(folder, monkeypatch):
-    """The working folder, which is the current one too, with a copy of MNIST, free to damage."""
-    (folder / "data").unlink()
-    shutil.copytree(ROOT / TRAIN.parent, folder / TRAIN.parent)
-    monkeypatch.chdir(folder)
+def earlier(folder):
+    """The clone of `folder`, with an earlier run's picture and model in it."""
+    for name in ("dream_sample.png", "dream_model.pt"):
+        (folder / "dreams" / name).write_bytes(EARLIER)
     return folder
 
 
-@pytest.mark.parametrize(("make", "prelude", "said"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_from_the_start_is_one_message_before_training_and_changes_nothing(own_data, make, prelude, said):
-    def contents():
-        files = [path for path in own_data.rglob("*") if path.is_file() and path.stem != "run"]  # which it prints
-        return {path: path.read_bytes() for path in files}, os.path.isdir("out")
-
-    make()
-    before, result = contents(), run_small(own_data, "--gallery", "--output", "out", prelude=prelude)
-    assert result.returncode == 1 and result.stdout == "" and all(text in result.stderr for text in said), result.stderr
-    assert result.stderr.startswith("quest_12_1.py: ") and result.stderr.count("quest_12_1.py: ") == 1
-    assert said[0][0] != "/" or str(own_data) + said[0] in result.stderr
-    assert "Traceback" not in result.stderr and contents() == before
+def leftovers(folder):
+    """The temporary folders that a run has left in dreams."""
+    return [path.name for path in (folder / "dreams").glob(".part-*")]
 
 
-def test_a_line_of_json_is_one_write_as_jobs_that_append_to_a_file_need_also_where_standard_error_is_full(folder):
-    written = """import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2)
-class Out:
-    write = staticmethod(lambda text: os.write(1, f"{text!r}\\n".encode()) and len(text))
-    flush = staticmethod(lambda: None)
-sys.stdout = Out"""
-    result = run_small(folder, "--json", "--device", "banana", prelude=written)
-    (line,) = map(ast.literal_eval, result.stdout.splitlines())
-    assert result.returncode != 0 and line.endswith("}\n") and "'banana'" in json.loads(line)["message"]
+def expect_untouched(folder):
+    """Expect the earlier run's files, whole, and nothing else of a run."""
+    for name in ("dream_sample.png", "dream_model.pt"):
+        data = (folder / "dreams" / name).read_bytes()
+        assert data == EARLIER, f"{name} is no longer the earlier one"
 
 
-def test_data_that_may_only_be_read_is_enough_and_training_makes_no_network_call(own_data):
-    TRAIN.chmod(0o555)
-    TRAIN.parent.chmod(0o555)
-    hook = "lambda event, _: event.startswith('socket.') and sys.exit('a network call')"
-    forbid = f"import sys; sys.addaudithook({hook}); {WITHOUT_PRIVILEGE}\n"
-    assert run_small(own_data, "--epochs", "1", "--gallery", prelude=forbid).returncode == 0
-    assert "a network call" in run_small(own_data, prelude=forbid + "import socket; socket.socket()").stderr
+# ---- A run is killed, or several start at once ---------------------------------------
+@pytest.mark.parametrize("moment", [faults.killed_in_writing, faults.killed_in_moving])
+def test_a_kill_leaves_the_earlier_files_whole(earlier, moment):
+    result = run_script(earlier, "--epochs", "1", fault=moment)
+
+    assert result.returncode == -signal.SIGKILL
+    expect_untouched(earlier)
 
 
-def test_4_runs_started_at_one_moment_all_succeed(folder):
+def test_a_run_after_a_kill_saves_its_files(earlier):
+    run_script(earlier, "--epochs", "1", fault=faults.killed_in_moving)
+
+    expect_success(run_script(earlier, "--epochs", "1"))
+
+    assert levels(earlier / "dreams" / "dream_sample.png").max() > 0
+    assert "model" in torch.load(earlier / "dreams" / "dream_model.pt")
+
+
+def test_runs_that_start_at_one_moment_all_succeed(folder):
     with ThreadPoolExecutor() as pool:
-        runs = list(pool.map(lambda name: run_small(folder, "--epochs", "1", name=name), "0123"))
-    assert [run.returncode for run in runs] == [0] * 4, [run.stderr for run in runs]
-    assert picture(folder) == "whole" and len({run.stdout.split("Held-out loss")[1] for run in runs}) == 1
+        runs = list(pool.map(lambda _: run_script(folder, "--epochs", "1"), range(4)))
+
+    for result in runs:
+        expect_success(result)
+    assert len({result.stdout.partition("Held-out")[2] for result in runs}) == 1
+    assert levels(folder / "dreams" / "dream_sample.png").max() > 0
+    assert leftovers(folder) == []
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:7", "meta", "mps", "xpu", "hpu", "banana", "", "cuda:-1"])
-def test_a_device_that_is_not_there_is_one_message_with_the_reason(tmp_path, monkeypatch, capsys, device):
+# ---- Ctrl-C --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "moment",
+    [
+        faults.ctrl_c_before_training,
+        faults.ctrl_c_in_training,
+        faults.ctrl_c_in_saving,
+    ],
+)
+def test_ctrl_c_is_one_line_and_keeps_the_earlier_files(earlier, moment):
+    result = run_script(earlier, "--epochs", "1", fault=moment)
+
+    assert result.returncode == -signal.SIGINT
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "quest_12_1.py: stopped by Ctrl-C."
+    expect_untouched(earlier)
+    assert leftovers(earlier) == []
+
+
+def test_main_lets_ctrl_c_through_so_that_a_notebook_stops(folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quest, "learn", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        quest.main(CPU)
+
+
+SHELL = """
+import pty, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # also under nohup, which ignores it
+pty.spawn(["bash", "--norc", "--noprofile", "-i"])
+"""
+
+
+class Terminal:
+    """A shell on a pseudo-terminal, in `folder`: what is typed, and what it shows."""
+
+    def __init__(self, folder):
+        self.shown = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SHELL],
+            cwd=folder,
+            env=os.environ | {"PS1": "$ "},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def type(self, text):
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def wait_for(self, text):
+        """Wait until the terminal shows `text` in what it has not shown before."""
+        seen = len(self.shown)
+        end = time.monotonic() + TIME_LIMIT
+        while text not in self.shown[seen:]:
+            assert time.monotonic() < end, f"no {text!r} in {self.shown[seen:]!r}"
+            if select.select([self.process.stdout], [], [], 1)[0]:
+                data = os.read(self.process.stdout.fileno(), 4096)
+                self.shown += data.decode(errors="replace")
+
+    def close(self):
+        with self.process:
+            self.type("exit\n")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+def test_one_ctrl_c_ends_a_shell_s_loop_of_runs(folder):
+    script = "quest_12_1.py --device cpu --epochs 10000 --seed $s"
+    terminal = Terminal(folder)
+    terminal.type(f"for s in 0 1 2; do echo run-$s; {sys.executable} {script}; done\n")
+    terminal.wait_for("Epoch 2/")
+
+    terminal.type("\x03")  # Ctrl-C
+    terminal.wait_for("$ ")
+    terminal.type("echo status-$?\n")
+    terminal.wait_for("status-130")
+    terminal.close()
+
+    assert terminal.shown.count("stopped by Ctrl-C.") == 1
+    assert "Traceback" not in terminal.shown
+    assert "run-1\r\n" not in terminal.shown, "the loop went on"
+
+
+# ---- The data ------------------------------------------------------------------------
+def remove_all(raw):
+    shutil.rmtree(raw)
+
+
+def remove_one(raw):
+    (raw / "train-images-idx3-ubyte").unlink()
+
+
+def cut_short(raw):
+    os.truncate(raw / "train-images-idx3-ubyte", 100_000)
+
+
+def empty(raw):
+    os.truncate(raw / "train-images-idx3-ubyte", 0)
+
+
+def cut_labels_short(raw):
+    os.truncate(raw / "t10k-labels-idx1-ubyte", 10)
+
+
+def of_another_format(raw):
+    path = raw / "t10k-images-idx3-ubyte"
+    path.write_bytes(b"PK\3\4" + path.read_bytes()[4:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove_all, remove_one, cut_short, empty, cut_labels_short, of_another_format],
+)
+def test_damaged_data_are_one_message_with_folder_and_cure(own_data, call, damage):
+    damage(own_data)
+
+    result = call(quest.main, *CPU, "--json")
+
+    message = expect_one_message(
+        result,
+        f"{own_data.parent} can be neither read nor downloaded",
+        "git checkout -- data/MNIST",
+    )
+    answer = json.loads(result.stdout)
+    assert answer == {"success": False, "message": message}
+    assert not os.path.exists("dreams/dream_sample.png")
+
+
+def data_files():
+    return sorted(Path("data/MNIST/raw").iterdir())
+
+
+def damaged_heads(path):
+    """Yield what a file would hold with one byte of its head changed.
+
+    The heads are 16 bytes before images, 8 before labels.
+    """
+    data = path.read_bytes()
+    for place in range(16 if "images" in path.name else 8):
+        for value in {0, 1, 255, data[place] ^ 1, data[place] ^ 128}:
+            changed = bytearray(data)
+            changed[place] = value
+            print(f"{path.name}, byte {place}: {data[place]} changed to {value}")
+            yield bytes(changed)
+
+
+def test_any_changed_byte_of_a_file_s_head_is_one_message_or_harmless(own_data):
+    """When it fails, the last line on standard output says for which byte."""
+    whole = contents_of(quest.open_data("MNIST"))
+    for path in data_files():
+        data = path.read_bytes()
+        for changed in damaged_heads(path):
+            path.write_bytes(changed)
+            try:
+                opened = contents_of(quest.open_data("MNIST"))
+            except quest.JobError as error:
+                assert "neither read nor downloaded" in str(error)
+            else:
+                for got, expected in zip(opened, whole, strict=True):
+                    assert torch.equal(got, expected), "other data were taken for it"
+        path.write_bytes(data)
+
+
+def contents_of(loaded):
+    """Images and labels of the two data sets that `open_data` returns."""
+    return [part for data in loaded for part in (data.data, data.targets)]
+
+
+def test_read_only_data_are_enough_and_training_makes_no_network_call(own_data):
+    for path in data_files():
+        path.chmod(0o444)
+    own_data.chmod(0o555)
+    folder = own_data.parents[2]
+
+    result = run_script(folder, "--epochs", "1", fault=faults.read_only_and_no_network)
+
+    expect_success(result)
+
+
+def test_the_clone_s_own_digits_are_opened_offline(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    train_dataset, test_dataset = quest.open_data("MNIST")
+
+    assert (len(train_dataset), len(test_dataset)) == (60_000, 10_000)
+
+
+def test_data_that_may_not_be_read_are_one_message(own_data):
+    (own_data / "train-images-idx3-ubyte").chmod(0)
+
+    result = run_script(own_data.parents[2], fault=faults.give_up_privileges)
+
+    expect_one_message(result, "neither read nor downloaded", "Permission denied")
+
+
+# ---- The folder for what is saved ----------------------------------------------------
+def a_file_in_its_place():
+    Path("out").touch()
+
+
+def a_folder_that_is_read_only():
+    Path("out").mkdir(0o555)
+
+
+def a_parent_that_is_read_only():
+    os.chmod(".", 0o555)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (a_file_in_its_place, "File exists"),
+        (a_folder_that_is_read_only, "Permission denied"),
+        (a_parent_that_is_read_only, "Permission denied"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_before_training(
+    folder, prepare, reason
+):
+    prepare()
+    before = files_in(folder)
+
+    result = run_script(folder, "--output", "out", fault=faults.give_up_privileges)
+
+    expect_one_message(result, "cannot save", reason, "out")
+    assert "Epoch" not in result.stderr, "it was told after training"
+    expect_same_files(folder, before)
+
+
+def test_a_folder_without_a_name_is_one_message(folder, call):
+    expect_one_message(call(quest.main, *CPU, "--output", ""), "cannot save")
+
+
+def test_a_file_that_cannot_be_replaced_is_one_message(folder, call):
+    (folder / "out" / "dream_sample.png").mkdir(parents=True)
+
+    result = call(quest.main, *CPU, "--output", "out")
+
+    expect_one_message(result, "cannot save", "out/dream_sample.png")
+    assert leftovers(folder) == []
+
+
+def test_a_full_disk_is_one_message_at_whatever_file_it_is(earlier, small_run):
+    """Full at the last byte of the picture, and at the last byte of the model."""
+    for path in small_run.output.iterdir():
+        full = partial(faults.no_room_beyond, path.stat().st_size - 1)
+
+        result = run_script(
+            earlier, "--epochs", "2", "--seed", "3", "--latent-dim", "2", fault=full
+        )
+
+        expect_one_message(result, "cannot save", "File too large")
+        expect_untouched(earlier)
+        assert leftovers(earlier) == []
+
+
+# ---- The device ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "device",
+    ["cuda", "cuda:7", "cuda:-1", "meta", "mps", "xpu", "hpu", "banana", ""],
+)
+def test_a_device_that_is_not_there_is_one_message_with_the_reason(
+    tmp_path, monkeypatch, call, device
+):
+    """Even without data, and nothing is written."""
     try:
         torch.zeros(1, device=device).item()
         pytest.skip(f"{device} is there")
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error)[:40].split("\n")[0]
+        reason = str(error)[:40].partition("\n")[0]
     monkeypatch.chdir(tmp_path)
-    assert quest.main(["--json"] if device == "cuda" else ["--json", "--device", device]) == 1  # "cuda" is the default
-    out, err = capsys.readouterr()
-    assert f"PyTorch cannot use the device '{device}': {reason}" in err and len(err) < 800
-    assert "a CUDA GPU is required" in err and "python quest_12_1.py --device cpu" in err
-    assert err == f"quest_12_1.py: {json.loads(out)['message']}\n" and out.count("\n") == 1
-    assert json.loads(out)["success"] is False and list(tmp_path.iterdir()) == []
+
+    result = call(quest.main, "--json", "--device", device)
+
+    message = expect_one_message(
+        result, f"device '{device}'", reason, "CUDA GPU is required", "--device cpu"
+    )
+    assert json.loads(result.stdout) == {"success": False, "message": message}
+    assert files_in(tmp_path) == {}
 
 
-def raised(error, text, where="sigmoid", last_line="quest_12_1.py: {}"):
-    """A row of ENDS: an operation of PyTorch raises an error of several lines; the first ends the message."""
-    raises = f"def failing(*_, **__): raise {error}({text + chr(10) + 'For debugging ...'!r})\ntorch.{where} = failing"
-    return (), raises, last_line.format(re.escape(text))
+@pytest.mark.skipif(GPUS > 0, reason="there is a GPU")
+def test_without_an_argument_a_gpu_is_required(folder, call):
+    expect_one_message(call(quest.main), "device 'cuda'", "--device cpu")
 
 
-LIMIT = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, -1)); sys.argv.append('--gallery')"
-BCE = "torch.nn.functional.binary_cross_entropy = lambda x, *a, **k: x.sum() + float('{}' if x.requires_grad else '{}')"
-TAKEN = "import os, sys; os.makedirs('out/dream_sample.png'); sys.argv += ['--output', 'out']"
-BUG = "Expected all tensors to be on the same device, but got mat1 is on cpu (in method wrapper_CUDA_addmm)"
-CTRL_C, RATE = "quest_12_1.py: stopped by Ctrl-C.", "quest_12_1.py: loss .*, held-out .*: lower LEARNING_RATE"
-FULL = "HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.98 GiB of which 12 MB is free."
-NORMALIZE = "from torchvision.transforms import ToTensor as T; f = T.__call__; T.__call__ = lambda *x: f(*x) - 0.1"
-ENDS = {  # one setting of the script, Python to execute first, the last line; it is a message, or that of a traceback
-    "a full GPU": raised("torch.OutOfMemoryError", FULL),
-    "a GPU full at its first product": raised("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."),
-    "a full GPU of Apple's": raised("RuntimeError", "MPS backend out of memory (MPS allocated: 8.00 GB)"),
-    "a lost GPU": raised("torch.AcceleratorError", "HIP error: unspecified launch failure"),
-    "a GPU that fails at once": raised("torch.cuda.DeferredCudaCallError", "failed", "zeros", "quest.*required.*{}"),
-    "a loss that is NaN": (("LEARNING_RATE", "1e3"), "", RATE),
-    "a loss that is infinite, then NaN": (("LEARNING_RATE", "3"), "", RATE),
-    "a training loss alone that is NaN": ((), BCE.format("nan", 0), RATE),
-    "a held-out loss alone that is infinite": ((), BCE.format(0, "inf"), RATE),
-    "images that are not in [0, 1]": ((), NORMALIZE, "RuntimeError: all elements of target should be between 0 and 1"),
-    "Ctrl-C before training": ((), signal(2, "torchvision.transforms.ToTensor"), CTRL_C),
-    "Ctrl-C in training": ((), signal(2, "torch.optim.Adam.step"), CTRL_C),
-    "Ctrl-C in saving": ((), signal(2, "PIL.Image.Image.save"), CTRL_C),
-    "a folder without a name": ((), "import sys; sys.argv += ['--output', '']", "quest_12_1.py: .* directory: ''"),
-    "a picture that cannot be replaced": ((), TAKEN, "quest_12_1.py: .* -> 'out/dream_sample.png'"),
-    "no room for a picture": ((), LIMIT.format(20_000), "quest_12_1.py: .*File too large"),
-    "no room for the page": ((), LIMIT.format(3_000_000), "quest_12_1.py: .*File too large"),
-    "a data set of other arguments": (("DATASET", "datasets.SVHN"), "", "TypeError: SVHN.*"),
-    "a bug that names CUDA": raised("RuntimeError", BUG, last_line="For debugging ..."),
-    "another bug": raised("KeyError", "name", last_line="KeyError: .*"),
-}
+# ---- In the middle of training -------------------------------------------------------
+def failing(error):
+    """A function that raises `error`, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
-@pytest.mark.parametrize(("setting", "prelude", "last_line"), ENDS.values(), ids=ENDS)
-def test_an_error_is_told_as_what_it_is_and_a_bug_keeps_its_traceback(folder, setting, prelude, last_line):
-    (folder / "dreams" / "dream_sample.png").write_bytes(EARLIER)
-    script = edited(folder, *setting) if setting else SCRIPT
-    result = run_small(folder, "--json", "--epochs", "1", script=script, prelude=prelude)
-    _, said, message = result.stderr.partition("quest_12_1.py: ")
-    assert re.fullmatch(last_line, result.stderr.splitlines()[-1]), result.stderr
-    assert result.returncode == (130 if last_line == CTRL_C else 1)
-    assert ("Traceback" in result.stderr) != bool(said) and "neither read" not in result.stderr
-    assert picture(folder) == "earlier" and not list(folder.rglob(".part-*"))
-    told = {"success": False, "message": message.strip()}
-    assert not said or json.loads(result.stdout, parse_constant=pytest.fail) == told
+FULL = "HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has 12 MB free."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(f"{FULL}\nFor debugging ..."),
+        torch.AcceleratorError("HIP error: unspecified launch failure\nFor ..."),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ...\nFor ..."
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)\nFor ..."),
+    ],
+    ids=["full", "lost", "full at its first product", "full, Apple's"],
+)
+def test_a_gpu_that_is_full_or_lost_is_one_message(earlier, monkeypatch, call, error):
+    monkeypatch.setattr(quest, "train_step", failing(error))
+
+    result = call(quest.main, *CPU, "--json")
+
+    message = expect_one_message(result, str(error).partition("\n")[0])
+    assert "For" not in message, "more than the first line of PyTorch's page"
+    assert json.loads(result.stdout) == {"success": False, "message": message}
+    expect_untouched(earlier)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Expected all tensors to be on the same device, but got CUDA ..."),
+        KeyError("name"),
+        ValueError("a bug"),
+        OSError("a bug, not a disk"),
+        TypeError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_bug_keeps_its_traceback(earlier, monkeypatch, error):
+    monkeypatch.setattr(quest, "train_step", failing(error))
+
+    with pytest.raises(type(error)) as caught:
+        quest.main(CPU)
+
+    assert caught.value is error
+    expect_untouched(earlier)
+
+
+def test_a_rate_that_is_too_high_is_one_message(earlier):
+    """In a process, since a failed check of PyTorch's can end one."""
+    result = run_script(earlier, "--epochs", "2", "--json", "--learning-rate", "1e20")
+
+    message = expect_one_message(result, "lower the learning rate, 1e+20")
+    answer = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert answer == {"success": False, "message": message}
+    expect_untouched(earlier)

@@ -1,114 +1,398 @@
-"""The gallery: pictures that show what they claim, the same for the same seed."""
+"""What the gallery's pictures and its page's data show. Takes 10 s."""
 
 import base64
-import json
+import getpass
+import math
+import shutil
+import socket
 
 import pytest
 import torch
-from harness import TEMPLATE, draws, levels
+from harness import PICTURES, ROOT, data_of, levels, levels_of
 from PIL import Image, ImageSequence
+from torchvision.utils import make_grid
 
 import quest_12_1 as quest
+from dreams import gallery
 
-PICTURES = ["dream_canvas.png", "dream_codes.png", "dream_growth.gif", "dream_mirror.png", "dream_sample.png"]
-NAMES = [*PICTURES[:4], "dream_model.pt", "dream_plane.html", "dream_sample.png"]
+TITLE = gallery.STRIP  # height of the text above a picture
 
 
 @pytest.fixture
-def kept(gallery, model):
-    """The model that the gallery run has kept."""
-    model.load_state_dict(torch.load(gallery[0] / "dream_model.pt"))
-    return model.requires_grad_(False)
+def saved(small_run):
+    """All that the small run has saved."""
+    return torch.load(small_run.output / "dream_model.pt")
 
 
-def apart(path, images, **layout):
-    """The greatest distance of a picture's pixels, from 0 to 255, from a grid of the images."""
-    return (levels(path) - 255 * quest.make_grid(images, **layout)[0]).abs().max()
+@pytest.fixture
+def model(saved):
+    """The small run's model."""
+    settings = quest.Settings(**saved["settings"])
+    model = quest.VAE(settings.hidden, settings.latent_dim)
+    model.load_state_dict(saved["model"])
+    return model.eval().requires_grad_(False)
 
 
-def test_the_gallery_saves_five_pictures_the_model_and_its_page_and_names_each(gallery):
-    folder, answer = gallery
-    assert answer["files"] == [f"runs/seed 3/{name}" for name in NAMES]
-    assert answer["message"].endswith("The dream is ready: " + ", ".join(answer["files"]))
-    assert sorted(path.name for path in folder.iterdir()) == NAMES
-    shapes = [tuple(levels(folder / name).shape) for name in PICTURES]
-    assert shapes == [(602, 602), (602, 602), (242, 242), (244, 324), (242, 242)]
+@pytest.fixture
+def few(held_out):
+    """The held-out digits of a small run, and their classes."""
+    x, targets = held_out
+    return x[:2000], targets[:2000]
 
 
-def test_the_kept_model_has_the_losses_told_and_dreamt_the_sample_with_the_seed_s_noise(gallery, kept, held_out):
-    """Recomputed from outside, up to the rounding of the CPU's products to bfloat16."""
-    x, (z, eps) = held_out[0][:2000], draws(3, 2000)
-    mu, logvar = kept.encode(x)
-    terms = quest.loss_terms(kept.decode(mu + torch.exp(logvar / 2) * eps), x, mu, logvar)
-    told = list(gallery[1]["losses"][-1].values())[1:]
-    assert told == pytest.approx([term.item() / 2000 for term in terms], abs=0.05)
-    assert apart(gallery[0] / "dream_sample.png", quest.dream(kept, z)) < 6
+@pytest.fixture
+def drawn(small_gallery, monkeypatch):
+    """What the gallery has drawn: a Run, the small run's."""
+    monkeypatch.chdir(small_gallery.folder)
+    return gallery.Run("runs/seed 3")
 
 
-def test_the_page_holds_what_it_shows_of_the_run_the_model_and_ten_digits_of_each_class_alone(gallery, kept, held_out):
-    folder, answer = gallery
-    page, (before, after) = (folder / "dream_plane.html").read_text(), TEMPLATE.read_text().split("const run = null;")
-    run = json.loads(page.removeprefix(before + "const run = ").removesuffix(";" + after))
-    shown = {"seed": 3, "epochs": 2, "beta": 1, "extent": 4, "cells": 20}
-    shown |= answer["losses"][-1]
-    assert {key: run[key] for key in shown} == shown
-    assert run.keys() - shown.keys() == {"codes", "tensors"}  # so nothing of its author's machine
-    assert base64.b64decode(run["codes"]) == (folder / "dream_codes.png").read_bytes()
-    data = {name: bytearray(base64.b64decode(text)) for name, text in run["tensors"].items()}
-    x = torch.frombuffer(data.pop("digits"), dtype=torch.uint8).view(100, 784) / 255
-    tensors = {name: torch.frombuffer(data[name], dtype=torch.float32) for name in data}
-    assert all(torch.equal(tensors[name], weight.flatten()) for name, weight in kept.state_dict().items())
-    of_class = [held_out[0][held_out[1] == label][:10] for label in range(10)]
-    assert torch.equal(x.view(10, 10, 784), torch.stack(of_class, dim=1))  # the classes in turn
-    code = torch.cat(kept.encode(x[:1]))
-    torch.testing.assert_close(tensors["encoded"], code.flatten(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(tensors["decoded"], kept.decode(code[0]), atol=1e-5, rtol=0)
+def digits_of_each_class(few, count):
+    """The first `count` digits of each class, the classes in turn: 0 to 9, 0 to 9, ..."""
+    x, targets = few
+    of_class = [x[targets == label][:count] for label in range(10)]
+    return torch.stack(of_class, dim=1).flatten(0, 1)
 
 
-def test_the_canvas_shows_cell_by_cell_what_points_of_the_plane_decode_to(gallery, kept):
-    centres = [-3.8 + 0.4 * k for k in range(20)]
-    plane = torch.tensor([[z1, z2] for z2 in centres[::-1] for z1 in centres])  # z2 falls row by row
-    assert apart(gallery[0] / "dream_canvas.png", quest.dream(kept, plane), nrow=20) < 1
+def expect_picture(path, images, **layout):
+    """Expect a picture, below its title, to be a grid of the images."""
+    picture = levels(path)[TITLE:]
+    grid = 255 * make_grid(images, **layout)[0]
+    assert picture.shape == grid.shape
+    assert (picture - grid).abs().max() <= 1
 
 
-def test_the_codes_are_dots_in_the_colours_of_the_classes_on_the_canvas_s_frame(held_out):
-    """A dot at a point of the plane covers that point, and little else; beyond the plane there is none."""
-    mu, targets, digits = torch.full((300, 2), 9.0), held_out[1][:300], torch.rand(10, 784)
-    mu[:3] = torch.tensor([[0.0, 0.5], [-3.8, -3.8], [2.6, 0.0]])
-    picture = (255 * quest.draw_codes(mu, targets, digits, 602)).round()
-    palette = torch.tensor([list(bytes.fromhex(colour)) for colour in quest.COLOURS])
-    for (z1, z2), label in zip(mu[:3].tolist(), targets):
-        right, down = round(301 + 75.25 * z1), round(301 - 75.25 * z2)
-        patch = picture[:, down - 3 : down + 4, right - 3 : right + 4]
-        ours = (patch == palette[label].view(3, 1, 1)).all(dim=0)
-        assert ours[2:5, 2:5].any() and 4 < ours.sum() < 10
-    legend = torch.cat([colour.view(3, 1, 1) * x.view(28, 28) for colour, x in zip(palette, digits)], dim=2)
-    assert len(palette.unique(dim=0)) == 10 and (picture[:, :28, :280] - legend).abs().max() <= 1
-    assert (picture[:, 28:] > 0).any(dim=0).sum() < 30  # of three dots
+def halved(picture):
+    """A picture of which each pixel was drawn 2 x 2: one of each four."""
+    return picture[::2, ::2]
 
 
-def test_of_two_classes_that_share_their_place_the_codes_show_both_alike():
-    mu, targets = 0.2 * torch.randn(10_000, 2), torch.randint(2, (10_000,)) * 5 + 4  # 4s and 9s
-    picture = (255 * quest.draw_codes(mu, targets, torch.zeros(10, 784), 602)).round()
-    shown = [(picture.permute(1, 2, 0) == torch.tensor([*bytes.fromhex(quest.COLOURS[k])])).all(dim=2) for k in (4, 9)]
-    assert 500 < shown[0].sum() < 1.1 * shown[1].sum() < 1.3 * shown[0].sum()
+# ---- The pictures --------------------------------------------------------------------
+def test_the_gallery_makes_five_files_and_names_each(small_gallery, small_run):
+    made = {path.name for path in small_gallery.output.iterdir()}
+    made -= {path.name for path in small_run.output.iterdir()}
+
+    assert sorted(made) == PICTURES
+    for name in PICTURES:
+        assert f"runs/seed 3/{name}" in small_gallery.result.stdout
+    assert small_gallery.result.stderr == ""
 
 
-def test_mirror_and_codes_show_held_out_digits_above_their_reconstructions_and_at_their_mu(gallery, kept, held_out):
-    x, targets = held_out[0][:2000], held_out[1][:2000]
-    digits = torch.stack([x[targets == label][:4] for label in range(10)], dim=1).view(40, 784)  # four of each class
-    pairs = torch.cat((digits, kept.decode(kept.encode(digits)[0])), dim=1).view(40, 1, 56, 28)
-    assert apart(gallery[0] / "dream_mirror.png", pairs, nrow=10, padding=4, pad_value=0.35) < 1
-    codes = 255 * quest.draw_codes(kept.encode(x)[0], targets, digits[:10], 602).permute(1, 2, 0)
-    assert (levels(gallery[0] / "dream_codes.png", "RGB") - codes).abs().mean() < 0.1
+def test_the_gallery_leaves_the_model_and_its_dreams_as_they_are(
+    small_gallery, small_run
+):
+    for path in small_run.output.iterdir():
+        assert (small_gallery.output / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_growth_shows_the_sample_s_dreams_before_training_and_after_each_epoch(gallery):
-    growth = gallery[0] / "dream_growth.gif"
-    with Image.open(growth) as animation:
-        assert [frame.info["duration"] for frame in ImageSequence.Iterator(animation)] == [500, 500, 3000]
-    torch.manual_seed(3)
-    assert apart(growth, quest.dream(quest.VAE().requires_grad_(False), draws(3, 0)[0])) < 3
-    frames, sample = [levels(growth, frame=n) for n in range(3)], levels(gallery[0] / "dream_sample.png")
-    distances = [(frame - sample).abs().float().mean() for frame in frames]
-    assert distances[0] > 50 > distances[1] > 1 > distances[2]  # from grey noise to the sample itself
+def test_the_plane_holds_nearly_all_codes(drawn):
+    """99 of 100; it is never narrower than from -4 to 4."""
+    for spread in (0.1, 1.0, 20.0):
+        drawn.mu = spread * torch.randn(10_000, 2)
+
+        inside = (drawn.mu.abs() <= drawn.extent).all(dim=1).float().mean()
+
+        assert inside >= 0.99
+        assert drawn.extent >= 4
+        assert drawn.extent <= max(4, spread * 3.5), "a plane that is mostly empty"
+
+
+def test_the_canvas_shows_what_points_of_the_plane_decode_to(
+    small_gallery, model, drawn
+):
+    cells, half = gallery.CELLS, drawn.extent
+    centres = [(2 * (k + 0.5) / cells - 1) * half for k in range(cells)]
+    plane = torch.tensor([[z1, z2] for z2 in reversed(centres) for z1 in centres])
+
+    images = model.decode(plane).view(-1, 1, quest.SIDE, quest.SIDE)
+
+    expect_picture(small_gallery.output / "dream_canvas.png", images, nrow=cells)
+
+
+def test_the_mirror_shows_digits_above_what_their_codes_decode_to(
+    small_gallery, model, few
+):
+    x = digits_of_each_class(few, 4)
+    recon_x = model.decode(model.encode(x)[0])
+    pairs = torch.cat((x, recon_x), dim=1).view(-1, 1, 2 * quest.SIDE, quest.SIDE)
+
+    picture = levels(small_gallery.output / "dream_mirror.png")[TITLE:]
+
+    columns, rows = 10, 4
+    height, width = picture.shape[0] / 2, picture.shape[1] / 2
+    tall = (height - 2 * quest.SIDE * rows) / (rows + 1)
+    wide = (width - quest.SIDE * columns) / (columns + 1)
+    assert tall == wide, "the pairs are not evenly spaced"
+    assert tall > 0
+    grid = (
+        255 * make_grid(pairs, nrow=columns, padding=int(tall), pad_value=math.nan)[0]
+    )
+    inside = ~grid.isnan()
+    apart = (halved(picture)[inside] - grid[inside]).abs()
+    assert apart.max() <= 1
+
+
+def test_the_growth_shows_the_dreams_before_training_and_after_each_epoch(
+    small_gallery, saved
+):
+    path = small_gallery.output / "dream_growth.gif"
+
+    for number, dreams in enumerate(saved["dreams"]):
+        frame = halved(levels(path, frame=number)[TITLE:])
+
+        grid = 255 * make_grid(dreams)[0]
+        assert frame.shape == grid.shape
+        apart = (frame - grid).abs().mean()
+        assert apart < 2, f"frame {number} does not show its dreams"
+
+
+def test_the_growth_plays_each_frame_and_begins_again(small_gallery, saved):
+    with Image.open(small_gallery.output / "dream_growth.gif") as animation:
+        frames = [frame.info["duration"] for frame in ImageSequence.Iterator(animation)]
+
+        assert len(frames) == len(saved["dreams"])
+        assert min(frames) > 0
+        assert animation.info["loop"] == 0, "it does not play for ever"
+
+
+# ---- The codes -----------------------------------------------------------------------
+def draw_codes_at(mu, targets, extent):
+    """The levels of the codes' plane, (H, W, 3), and a function that finds a point."""
+    picture = levels_of(gallery.draw_plane(mu, targets, extent), "RGB")
+    half = picture.shape[0] / 2
+
+    def place(z1, z2):
+        return round(half - half * z2 / extent), round(half + half * z1 / extent)
+
+    return picture, place
+
+
+def colour_of(label):
+    return torch.tensor(list(bytes.fromhex(gallery.COLOURS[label][1:])))
+
+
+def test_a_code_is_a_dot_at_its_mu_in_the_colour_of_its_class():
+    """z1 grows to the right, z2 upwards; there is next to nothing around a dot."""
+    points = [(0.0, 0.5), (-3.8, -3.8), (2.6, 0.0), (0.4, 3.5)]
+    for extent in (4, 9):
+        for label in range(10):
+            mu = torch.tensor(points)
+            targets = torch.full((len(points),), label)
+
+            picture, place = draw_codes_at(mu, targets, extent)
+
+            for z1, z2 in points:
+                row, column = place(z1, z2)
+                patch = picture[row - 3 : row + 4, column - 3 : column + 4]
+                ours = (patch == colour_of(label)).all(dim=2)
+                assert ours[2:5, 2:5].any(), f"no dot of {label} at {z1}, {z2}"
+                assert ours.sum() < 16, f"a large dot of {label} at {z1}, {z2}"
+
+
+def test_a_code_beyond_the_plane_is_not_drawn():
+    nothing = draw_codes_at(torch.zeros(0, 2), torch.zeros(0).long(), 4)[0]
+
+    beyond = draw_codes_at(torch.full((5, 2), 9.0), torch.arange(5), 4)[0]
+
+    assert torch.equal(beyond, nothing)
+
+
+@pytest.mark.parametrize("extent", [4, 10])
+def test_circles_show_where_the_dreams_come_from(extent):
+    """At 1, 2 and 3 standard deviations of N(0, I)."""
+    picture, place = draw_codes_at(torch.zeros(0, 2), torch.zeros(0).long(), extent)
+    lit = picture.amax(dim=2) > 100
+
+    for turn in range(12):
+        angle = 0.1 + turn * math.pi / 6
+        for radius in (1, 2, 3):
+            row, column = place(radius * math.cos(angle), radius * math.sin(angle))
+            near = lit[row - 1 : row + 2, column - 1 : column + 2]
+            assert near.any(), f"no circle of radius {radius} at {angle:.1f} radians"
+        for radius in (0, 0.5, 1.5, 2.5, 3.5):
+            row, column = place(radius * math.cos(angle), radius * math.sin(angle))
+            assert not lit[row, column], f"something at {radius}, {angle:.1f} radians"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_that_share_their_place_are_shown_alike(seed):
+    """Drawn one class after the other, the last would hide the first: 5 times as many
+    of its pixels would be seen. In the order of the images it is 1.1 to 1.4."""
+    torch.manual_seed(seed)
+    mu = 0.2 * torch.randn(10_000, 2)
+    targets = 4 + 5 * torch.randint(2, (10_000,))
+
+    picture, _ = draw_codes_at(mu, targets, 4)
+
+    fours, nines = (
+        (picture == colour_of(label)).all(dim=2).sum().item() for label in (4, 9)
+    )
+    assert min(fours, nines) > 500
+    assert max(fours, nines) < 2 * min(fours, nines)
+
+
+def test_the_codes_show_each_held_out_digit_of_the_model(small_gallery, model, few):
+    x, targets = few
+    mu = model.encode(x)[0]
+    extent = max(4, math.ceil(mu.abs().amax(dim=1).quantile(0.99).item()))
+
+    picture = levels(small_gallery.output / "dream_codes.png", "RGB")[TITLE:]
+
+    expected, _ = draw_codes_at(mu, targets, extent)
+    assert picture.shape == expected.shape
+    legend = quest.SIDE  # in the upper left corner
+    assert torch.equal(picture[legend:], expected[legend:])
+
+
+def test_the_codes_legend_is_a_digit_of_each_class_in_its_colour(small_gallery, few):
+    picture = levels(small_gallery.output / "dream_codes.png", "RGB")[TITLE:]
+
+    for label, x in enumerate(digits_of_each_class(few, 1)):
+        left = label * quest.SIDE
+        cell = picture[: quest.SIDE, left : left + quest.SIDE]
+        expected = colour_of(label) * x.view(quest.SIDE, quest.SIDE, 1)
+        assert (cell - expected).abs().max() <= 1, f"the legend's {label} differs"
+
+
+def test_the_colours_of_the_classes_differ_for_every_eye():
+    """Brightness counts, which colour-blind eyes see as others do: black is far off."""
+    colours = torch.stack([colour_of(label) for label in range(10)]).float()
+
+    assert torch.pdist(colours).min() > 60
+    assert colours.mean(dim=1).min() > 60
+
+
+# ---- The page's data -----------------------------------------------------------------
+def decoded(text, shape, dtype=torch.float32):
+    """The tensor behind base64 text."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype).view(shape)
+
+
+@pytest.fixture
+def page(small_gallery):
+    """The page of the small run, a text."""
+    path = small_gallery.output / "dream_plane.html"
+    if not path.exists():
+        pytest.skip(f"this model has no page: {small_gallery.result.stdout}")
+    return path.read_text()
+
+
+def test_the_page_is_the_template_with_its_slot_filled(page):
+    template = gallery.TEMPLATE.read_text()
+    before, slot, after = template.partition(gallery.SLOT)
+
+    assert slot
+    assert page.startswith(before)
+    assert page.endswith(after)
+
+
+def test_the_page_tells_data_set_settings_and_losses(page, saved):
+    shown = data_of(page)
+    (model,) = shown["models"]
+
+    assert shown["dataset"] == "MNIST"
+    assert shown["classes"] == [str(label) for label in range(10)]
+    assert shown["colours"] == list(gallery.COLOURS)
+    assert model["settings"] == saved["settings"]
+    assert model["losses"] == saved["losses"][-1]
+
+
+def test_the_page_holds_the_model_to_the_last_bit(page, saved):
+    (model,) = data_of(page)["models"]
+
+    assert model["tensors"].keys() == saved["model"].keys()
+    for name, weight in saved["model"].items():
+        held = decoded(model["tensors"][name], weight.shape)
+        assert torch.equal(held, weight), f"{name} differs"
+
+
+def test_the_page_holds_100_digits_of_each_class_and_their_codes(page, model, few):
+    shown = data_of(page)
+    (of_model,) = shown["models"]
+
+    x = decoded(shown["digits"], (-1, quest.PIXELS), torch.uint8) / 255
+
+    assert torch.equal(x, digits_of_each_class(few, 100))
+    codes = decoded(of_model["codes"], (len(x), 4))
+    torch.testing.assert_close(codes, torch.cat(model.encode(x), dim=1))
+
+
+def test_the_page_holds_an_example_of_what_pytorch_computes(page, model, few):
+    """Of the first digit: its code decoded, and the loss with its two parts."""
+    (of_model,) = data_of(page)["models"]
+    x = digits_of_each_class(few, 1)[:1]
+
+    recon_x = decoded(of_model["example"]["decoded"], (1, quest.PIXELS))
+    terms = of_model["example"]["terms"]
+
+    mu, logvar = model.encode(x)
+    torch.testing.assert_close(recon_x, model.decode(mu))
+    beta = of_model["settings"]["beta"]
+    expected = quest.loss_terms(recon_x, x, mu, logvar, beta)
+    assert terms == pytest.approx([term.item() for term in expected], rel=1e-5)
+
+
+def test_beta_reaches_the_page(drawn):
+    drawn.settings = quest.Settings(**vars(drawn.settings) | {"beta": 7.5})
+    if gallery.why_no_page(drawn):
+        pytest.skip("this model has no page")
+
+    (model,) = data_of(gallery.draw_page(drawn))["models"]
+
+    assert model["settings"]["beta"] == 7.5
+    loss, bce, kld = model["example"]["terms"]
+    assert loss == pytest.approx(bce + 7.5 * kld, rel=1e-5)
+
+
+def test_the_page_s_extent_is_that_of_the_pictures(page, drawn):
+    (model,) = data_of(page)["models"]
+
+    assert model["extent"] == drawn.extent
+
+
+def texts_in(data):
+    """All names and texts in the page's data, but for numbers in base64."""
+    if isinstance(data, dict):
+        return [text for item in data.items() for text in texts_in(item)]
+    if isinstance(data, (list, tuple)):
+        return [text for item in data for text in texts_in(item)]
+    return [data] if isinstance(data, str) and len(data) < 500 else []
+
+
+def test_the_page_holds_nothing_of_its_author_s_machine(page, small_gallery):
+    words = {
+        "a folder": str(small_gallery.folder),
+        "the clone's folder": str(ROOT),
+        "the output folder": "runs/seed 3",
+        "the user": getpass.getuser(),
+        "the host": socket.gethostname(),
+        "PyTorch's version": torch.__version__,
+    }
+
+    texts = texts_in(data_of(page))
+
+    assert "MNIST" in texts
+    for what, word in words.items():
+        for text in texts:
+            assert word not in text, f"the page tells {what}: {text}"
+
+
+# ---- A drawing that fails ------------------------------------------------------------
+def test_a_drawing_that_fails_leaves_model_and_earlier_pictures_whole(
+    small_gallery, tmp_path, monkeypatch
+):
+    shutil.copytree(small_gallery.output, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.chdir(small_gallery.folder)
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug in a drawing")
+
+    for name in ("draw_growth", "draw_mirror", "draw_canvas", "draw_codes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(gallery, name, broken)
+            with pytest.raises(ZeroDivisionError):
+                gallery.main([str(tmp_path / "out")])
+
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert after == before

@@ -1,0 +1,426 @@
+"""Which models the gallery can draw, how far, and what it says of the others. 12 s."""
+
+import dataclasses
+import re
+import shutil
+import signal
+from functools import partial
+
+import faults
+import pytest
+import torch
+from harness import (
+    PICTURES,
+    data_of,
+    expect_one_message,
+    expect_same_files,
+    expect_success,
+    files_in,
+    levels,
+    read_idx,
+    run_gallery,
+    write_data,
+)
+from PIL import ImageDraw
+
+import quest_12_1 as quest
+from dreams import gallery
+
+EARLIER = b"an earlier picture"
+PLANE = ["dream_canvas.png", "dream_codes.png", "dream_plane.html"]
+
+
+def save_model(folder, **changes):
+    """Save a model of a run that has not learned; return what was saved."""
+    settings = quest.Settings(**{"epochs": 2, "latent_dim": 2} | changes)
+    model = quest.VAE(settings.hidden, settings.latent_dim)
+    z = torch.randn(settings.samples, settings.latent_dim)
+    loss = {"train": 500.0, "held_out": 490.0, "bce": 480.0, "kld": 10.0}
+    saved = {
+        "settings": dataclasses.asdict(settings),
+        "model": model.state_dict(),
+        "losses": [loss] * settings.epochs,
+        "dreams": [quest.dream(model, z)] * (settings.epochs + 1),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(saved, folder / "dream_model.pt")
+    return saved
+
+
+@pytest.fixture
+def earlier(folder):
+    """A clone whose dreams/ holds a model and all five pictures of an earlier one."""
+    save_model(folder / "dreams")
+    for name in PICTURES:
+        (folder / "dreams" / name).write_bytes(EARLIER)
+    return folder / "dreams"
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """All that is written into pictures, in a list."""
+    written = []
+    write = ImageDraw.ImageDraw.text
+
+    def noting(self, place, text, *arguments, **named):
+        written.append(text)
+        return write(self, place, text, *arguments, **named)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noting)
+    return written
+
+
+@pytest.fixture
+def refused(earlier, call):
+    """A function: run the gallery, expect one message and everything as it was."""
+
+    def expect_refusal(*parts, arguments=()):
+        before = files_in(earlier)
+        result = call(gallery.main, *arguments)
+        message = expect_one_message(result, *parts, program="dreams.gallery")
+        assert result.stdout == ""
+        expect_same_files(earlier, before)
+        return message
+
+    return expect_refusal
+
+
+# ---- What a model allows -------------------------------------------------------------
+def test_a_new_model_s_pictures_replace_the_earlier_ones(earlier, call):
+    result = call(gallery.main)
+
+    expect_success(result)
+    for name in PICTURES:
+        data = (earlier / name).read_bytes()
+        assert data != EARLIER, f"{name} is the earlier one"
+        assert f"dreams/{name}" in result.stdout
+
+
+@pytest.mark.parametrize("latent_dim", [1, 8])
+def test_without_a_plane_there_are_growth_and_mirror(earlier, call, latent_dim):
+    """An earlier model's plane is removed, and the message says why there is none."""
+    save_model(earlier, latent_dim=latent_dim)
+
+    result = call(gallery.main)
+
+    expect_success(result)
+    for name in PICTURES:
+        assert (earlier / name).exists() == (name not in PLANE), name
+        assert (name in result.stdout) == (name not in PLANE), name
+    assert f"this model has {latent_dim}" in result.stdout
+    assert levels(earlier / "dream_mirror.png").max() > 0
+
+
+def test_another_number_of_dreams_and_epochs_is_drawn(earlier, call):
+    save_model(earlier, samples=10, epochs=4, hidden=30)
+
+    expect_success(call(gallery.main))
+
+    assert levels(earlier / "dream_growth.gif", frame=4).max() > 0
+
+
+def test_another_data_set_is_told_by_its_name(earlier, own_data, call, texts):
+    """MNIST's files stand in for FashionMNIST's, which have the same names."""
+    own_data.parent.rename(own_data.parents[1] / "FashionMNIST")
+    save_model(earlier, dataset="FashionMNIST")
+
+    result = call(gallery.main)
+
+    expect_success(result)
+    assert texts
+    for text in texts:
+        assert "FashionMNIST" in text
+        assert not re.search(r"\bMNIST\b|digit", text)
+    shown = data_of((earlier / "dream_plane.html").read_text())
+    assert shown["dataset"] == "FashionMNIST"
+    assert shown["classes"][:2] == ["T-shirt/top", "Trouser"]
+
+
+def test_pictures_tell_which_run_they_are_of(earlier, call, texts):
+    save_model(earlier, beta=7.5, seed=11)
+
+    expect_success(call(gallery.main))
+
+    titles = [text for text in texts if "beta 7.5" in text]
+    assert len(titles) == 3, f"mirror, canvas and codes say {texts}"
+    for title in titles:
+        assert "MNIST" in title
+        assert "seed 11" in title
+
+
+def test_a_model_in_a_folder_elsewhere_is_drawn_there(earlier, tmp_path_factory, call):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "run 7"
+    save_model(elsewhere)
+    before = files_in(earlier)
+
+    expect_success(call(gallery.main, str(elsewhere)))
+
+    assert sorted(files_in(elsewhere)) == sorted([*PICTURES, "dream_model.pt"])
+    expect_same_files(earlier, before)
+
+
+# ---- Models that it cannot use -------------------------------------------------------
+def test_no_model_is_one_message(earlier, refused):
+    (earlier / "dream_model.pt").unlink()
+
+    refused("dreams/dream_model.pt", "python quest_12_1.py")
+
+
+def test_no_folder_is_one_message(refused):
+    refused("nowhere/dream_model.pt", arguments=["nowhere"])
+
+
+def test_a_model_cut_short_anywhere_is_one_message(earlier, refused):
+    data = (earlier / "dream_model.pt").read_bytes()
+    for size in (0, 1, 100, len(data) // 2, len(data) - 1):
+        (earlier / "dream_model.pt").write_bytes(data[:size])
+
+        refused("dreams/dream_model.pt")
+
+
+def test_a_file_that_is_no_model_is_one_message(earlier, refused):
+    for data in (b"nonsense", b"PK\3\4", b"\x89PNG\r\n"):
+        (earlier / "dream_model.pt").write_bytes(data)
+
+        refused("dreams/dream_model.pt")
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        quest.VAE().state_dict(),  # what earlier versions saved
+        [1, 2],
+        torch.zeros(3),
+        {"settings": {}},
+        {"settings": None, "model": {}, "losses": [], "dreams": []},
+    ],
+    ids=["weights alone", "a list", "a tensor", "settings alone", "no settings"],
+)
+def test_another_version_s_file_is_one_message(earlier, refused, saved):
+    torch.save(saved, earlier / "dream_model.pt")
+
+    refused("dreams/dream_model.pt")
+
+
+def resave(folder, change):
+    """Change what dream_model.pt holds by change(saved)."""
+    saved = torch.load(folder / "dream_model.pt")
+    change(saved)
+    torch.save(saved, folder / "dream_model.pt")
+
+
+def with_a_new_setting(saved):
+    saved["settings"]["dropout"] = 0.5
+
+
+def with_a_setting_out_of_range(saved):
+    saved["settings"]["dataset"] = "Nothing"
+
+
+def with_another_size(saved):
+    saved["settings"]["hidden"] += 1
+
+
+def with_another_layer(saved):
+    saved["model"]["encoder_second.weight"] = torch.zeros(3, 3)
+
+
+def with_a_layer_less(saved):
+    del saved["model"][next(iter(saved["model"]))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_a_new_setting,
+        with_a_setting_out_of_range,
+        with_another_size,
+        with_another_layer,
+        with_a_layer_less,
+    ],
+)
+def test_a_model_that_does_not_fit_the_script_is_one_message(earlier, refused, change):
+    resave(earlier, change)
+
+    refused("dreams/dream_model.pt")
+
+
+def test_a_network_that_the_page_does_not_compute_has_no_page(
+    earlier, call, monkeypatch
+):
+    """Another layer in the decoder, in script and model: all pictures but the page."""
+
+    class Deeper(quest.VAE):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.decoder_second = torch.nn.Linear(quest.PIXELS, quest.PIXELS)
+
+        def decode(self, z):
+            return torch.sigmoid(self.decoder_second(super().decode(z)))
+
+    monkeypatch.setattr(quest, "VAE", Deeper)
+    save_model(earlier)
+
+    result = call(gallery.main)
+
+    expect_success(result)
+    assert not (earlier / "dream_plane.html").exists(), (
+        "the earlier page is still there"
+    )
+    assert "No page" in result.stdout
+    assert levels(earlier / "dream_canvas.png").max() > 0
+
+
+# ---- Data and templates that it cannot use -------------------------------------------
+def leave_of_class(raw, label, count):
+    """Leave `count` images of a class in the data."""
+    images = read_idx(raw / "t10k-images-idx3-ubyte")
+    labels = read_idx(raw / "t10k-labels-idx1-ubyte")
+    of_class = (labels == label).nonzero().flatten()
+    keep = torch.ones(len(labels), dtype=torch.bool)
+    keep[of_class[count:]] = False
+    shutil.rmtree(raw)
+    write_data(raw, images[keep], labels[keep])
+
+
+@pytest.mark.parametrize("count", [0, 3, 99])
+def test_a_class_of_few_images_is_one_message(own_data, refused, count):
+    leave_of_class(own_data, 7, count)
+
+    refused(f"{count} held-out images", "7")
+
+
+def test_images_of_another_size_are_one_message(own_data, refused):
+    shutil.rmtree(own_data)
+    side = quest.SIDE + 4
+    images = torch.randint(256, (1000, side, side), dtype=torch.uint8)
+    write_data(own_data, images, torch.arange(1000).remainder(10).byte())
+
+    refused(str(side * side))
+
+
+def test_data_that_are_missing_are_one_message(own_data, refused):
+    shutil.rmtree(own_data)
+
+    refused("neither read nor downloaded", "git checkout")
+
+
+@pytest.fixture
+def template(tmp_path_factory, monkeypatch):
+    """A template that a test may change."""
+    path = tmp_path_factory.mktemp("template") / "plane.html"
+    shutil.copy(gallery.TEMPLATE, path)
+    monkeypatch.setattr(gallery, "TEMPLATE", path)
+    return path
+
+
+def test_a_template_that_is_changed_is_one_message(template, refused):
+    template.write_text(template.read_text().replace('id="run"', 'id="runs"'))
+
+    refused("plane.html")
+
+
+def test_a_template_that_is_missing_is_one_message(template, refused):
+    template.unlink()
+
+    refused("plane.html")
+
+
+def test_without_a_page_no_template_is_needed(template, earlier, call):
+    template.unlink()
+    save_model(earlier, latent_dim=8)
+
+    expect_success(call(gallery.main))
+
+
+# ---- Two models beside each other ----------------------------------------------------
+def test_beside_puts_two_models_into_one_page(earlier, folder, call):
+    first = save_model(earlier, beta=1.0)
+    second = save_model(folder / "b0", beta=0.0, hidden=30)
+
+    expect_success(call(gallery.main, "--beside", "b0"))
+
+    models = data_of((earlier / "dream_plane.html").read_text())["models"]
+    assert [model["settings"] for model in models] == [
+        first["settings"],
+        second["settings"],
+    ]
+    assert models[0]["tensors"] != models[1]["tensors"]
+    assert files_in(folder / "b0").keys() == {"dream_model.pt"}
+
+
+def test_without_beside_the_page_holds_one_model(earlier, call):
+    expect_success(call(gallery.main))
+
+    assert len(data_of((earlier / "dream_plane.html").read_text())["models"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"latent_dim": 8}, "this model has 8"),
+        ({"dataset": "FashionMNIST"}, "different data sets"),
+    ],
+)
+def test_beside_another_kind_of_model_is_one_message(
+    folder, own_data, refused, changes, reason
+):
+    shutil.copytree(own_data.parent, own_data.parents[1] / "FashionMNIST")
+    save_model(folder / "other", **changes)
+
+    refused("--beside", reason, arguments=["--beside", "other"])
+
+
+def test_beside_a_first_model_without_a_plane_is_one_message(earlier, folder, call):
+    save_model(earlier, latent_dim=8)
+    save_model(folder / "other")
+
+    result = call(gallery.main, "--beside", "other")
+
+    expect_one_message(result, "--beside", "has 8", program="dreams.gallery")
+
+
+def test_beside_a_folder_without_a_model_is_one_message(refused):
+    refused("nowhere/dream_model.pt", arguments=["--beside", "nowhere"])
+
+
+# ---- The process ---------------------------------------------------------------------
+def test_a_wrong_command_line_exits_with_2_usage_and_reason(earlier, call):
+    result = call(gallery.main, "--nonsense")
+
+    assert result.returncode == 2
+    assert "usage: python -m dreams.gallery" in result.stderr
+    assert "--nonsense" in result.stderr
+
+
+def test_help_tells_of_the_folder_and_of_beside(call):
+    result = call(gallery.main, "--help")
+
+    assert result.returncode == 0
+    assert "--beside FOLDER" in result.stdout
+    assert "(default: dreams)" in result.stdout
+
+
+def test_a_full_disk_is_one_message_and_keeps_the_earlier_pictures(earlier, folder):
+    """Full at the last byte of the largest file, the page or a picture."""
+    before = files_in(earlier)
+    expect_success(run_gallery(folder))
+    largest = max((earlier / name).stat().st_size for name in PICTURES)
+    for name in PICTURES:
+        (earlier / name).write_bytes(EARLIER)
+
+    full = partial(faults.no_room_beyond, largest - 1)
+    result = run_gallery(folder, fault=full)
+
+    expect_one_message(result, "cannot save", program="dreams.gallery")
+    expect_same_files(earlier, before)
+
+
+def test_ctrl_c_is_one_line_and_keeps_the_earlier_pictures(earlier, folder):
+    before = files_in(earlier)
+
+    result = run_gallery(folder, fault=faults.ctrl_c_in_saving)
+
+    assert result.returncode == -signal.SIGINT
+    assert result.stderr == "dreams.gallery: stopped by Ctrl-C.\n"
+    expect_same_files(earlier, before)

@@ -1,0 +1,231 @@
+"""The model and its loss, held to torch.distributions; the images. Takes 4 s."""
+
+import dataclasses
+import hashlib
+import math
+
+import pytest
+import torch
+from harness import MNIST, ROOT
+from torch.distributions import Bernoulli, Normal, kl_divergence
+from torchvision import datasets, transforms
+
+import quest_12_1 as quest
+
+PIXELS, SIDE = quest.PIXELS, quest.SIDE
+
+
+# ---- The recipe ----------------------------------------------------------------------
+def test_the_defaults_are_the_specification_s_recipe():
+    recipe = {
+        "dataset": "MNIST",
+        "hidden": 400,
+        "latent_dim": 2,
+        "beta": 1,
+        "epochs": 10,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "samples": 64,
+    }
+
+    defaults = dataclasses.asdict(quest.Settings())
+
+    assert {name: defaults[name] for name in recipe} == recipe
+
+
+def test_the_default_model_has_the_specification_s_parameters():
+    parameters = sum(weight.numel() for weight in quest.VAE().parameters())
+
+    assert parameters == 631_188
+
+
+# ---- The model -----------------------------------------------------------------------
+@pytest.mark.parametrize("latent_dim", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 5])
+def test_forward_returns_reconstruction_mu_and_logvar(n, latent_dim):
+    model = quest.VAE(hidden=30, latent_dim=latent_dim)
+
+    recon_x, mu, logvar = model(torch.rand(n, PIXELS))
+
+    assert recon_x.shape == (n, PIXELS)
+    assert mu.shape == logvar.shape == (n, latent_dim)
+
+
+def test_square_images_are_taken_as_flat_ones_are():
+    model = quest.VAE()
+    squares = torch.rand(5, 1, SIDE, SIDE)
+    eps = torch.randn(5, quest.Settings.latent_dim)
+    # The same images, with columns where rows were in memory.
+    turned = squares.transpose(2, 3).contiguous().transpose(2, 3)
+
+    flat = model(squares.view(5, PIXELS), eps)
+
+    for images in (squares, turned):
+        for got, expected in zip(model(images, eps), flat, strict=True):
+            assert torch.equal(got, expected)
+        for got, expected in zip(model.encode(images), flat[1:], strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_forward_encodes_draws_and_decodes():
+    model = quest.VAE()
+    x = torch.rand(5, PIXELS)
+    eps = torch.randn(5, quest.Settings.latent_dim)
+
+    recon_x, mu, logvar = model(x, eps)
+
+    z = mu + torch.exp(logvar / 2) * eps
+    torch.testing.assert_close(recon_x, model.decode(z))
+
+
+def test_z_is_drawn_with_the_mean_and_the_variance_told():
+    """The mean of n draws is within 6 of its standard deviations, std / sqrt(n); the
+    variance within 6 times sqrt(2 / n) of itself: one seed in 100 million fails."""
+    model, n = quest.VAE(), 40_000
+    mu = torch.tensor([1.5, -3.0])
+    variance = torch.tensor([0.04, 9.0])
+
+    z = model.reparameterize(mu.expand(n, 2), variance.log().expand(n, 2))
+
+    assert ((z.mean(dim=0) - mu).abs() < 6 * (variance / n).sqrt()).all()
+    assert ((z.var(dim=0) / variance - 1).abs() < 6 * math.sqrt(2 / n)).all()
+
+
+def test_z_passes_the_gradient_back_to_mu_and_logvar():
+    """Of mu + exp(logvar / 2) * eps these are 1 and (z - mu) / 2."""
+    mu = torch.randn(5, 3, requires_grad=True)
+    logvar = torch.randn(5, 3, requires_grad=True)
+
+    z = quest.VAE().reparameterize(mu, logvar)
+    by_mu, by_logvar = torch.autograd.grad(z.sum(), (mu, logvar))
+
+    torch.testing.assert_close(by_mu, torch.ones(5, 3))
+    torch.testing.assert_close(by_logvar, (z - mu).detach() / 2)
+
+
+def test_pixels_are_in_0_to_1_however_far_z_is():
+    far = torch.tensor([[-1e4], [-40.0], [0.0], [1e4]])
+
+    pixels = quest.VAE().decode(far.expand(4, quest.Settings.latent_dim))
+
+    assert 0 <= pixels.min() and pixels.max() <= 1
+
+
+# ---- The loss ------------------------------------------------------------------------
+@pytest.mark.parametrize("latent_dim", [1, 2, 8])
+@pytest.mark.parametrize("beta", [0, 1, 30])
+def test_the_loss_is_that_of_torch_distributions(beta, latent_dim):
+    """In value and in gradient, for pixels that are black, white and grey."""
+    of = {"dtype": torch.float64, "requires_grad": True}
+    logits = torch.randn(50, PIXELS, **of)
+    mu = torch.randn(50, latent_dim, **of)
+    logvar = torch.randn(50, latent_dim, **of)
+    x = torch.rand(50, PIXELS, dtype=torch.float64)
+    x[:25] = x[:25].round()
+
+    terms = quest.loss_terms(torch.sigmoid(logits), x, mu, logvar, beta)
+
+    pixels = Bernoulli(logits=logits, validate_args=False)
+    bce = -pixels.log_prob(x).sum()
+    q = Normal(mu, torch.exp(logvar / 2))
+    kld = kl_divergence(q, Normal(0.0, 1.0)).sum()
+    expected = bce + beta * kld
+    inputs = (logits, mu, logvar)
+    torch.testing.assert_close(terms, (expected, bce, kld))
+    torch.testing.assert_close(
+        torch.autograd.grad(terms[0], inputs), torch.autograd.grad(expected, inputs)
+    )
+
+
+def test_loss_function_is_the_first_of_loss_terms():
+    recon_x, x = torch.rand(2, 5, PIXELS)
+    mu, logvar = torch.randn(2, 5, 2)
+
+    loss = quest.loss_function(recon_x, x.view(5, 1, SIDE, SIDE), mu, logvar, 7)
+
+    assert torch.equal(loss, quest.loss_terms(recon_x, x, mu, logvar, 7)[0])
+
+
+def test_the_kld_is_0_where_z_says_nothing_about_x():
+    recon_x, x = torch.rand(2, 5, PIXELS)
+    zeros = torch.zeros(5, 2)
+
+    kld = quest.loss_terms(recon_x, x, zeros, zeros)[2]
+
+    assert kld == 0
+
+
+def test_the_loss_of_one_half_of_the_mean_image_and_of_a_copy(digits):
+    """For MNIST these are 543, 206 and 46 nats per image, as the texts say."""
+
+    def cost(images):
+        zeros = torch.zeros(1, 2)
+        return quest.loss_function(images, digits, zeros, zeros).item() / len(digits)
+
+    half = torch.full_like(digits, 0.5)
+    mean = digits.mean(dim=0).expand_as(digits)
+
+    assert cost(half) == pytest.approx(PIXELS * math.log(2), rel=1e-5)
+    assert round(cost(mean)) == 206
+    assert round(cost(digits)) == 46
+
+
+def test_the_loss_of_a_grey_image_is_the_average_over_its_drawings(digits):
+    """A grey of 0.3 is white 3 times in 10. The bound is 6 standard errors."""
+    n, x = 20_000, digits[:1]
+    recon_x = 0.05 + 0.9 * torch.rand(1, PIXELS)
+    zeros = torch.zeros(1, 2)
+    drawings = torch.bernoulli(x.expand(n, PIXELS))
+    # Of one drawing; a pixel drawn white in place of black costs log(r / (1 - r)) less.
+    variance = (x * (1 - x) * torch.logit(recon_x) ** 2).sum()
+
+    of_drawings = quest.loss_function(recon_x.expand(n, -1), drawings, zeros, zeros)
+    of_grey = quest.loss_function(recon_x, x, zeros, zeros)
+
+    assert (of_drawings / n - of_grey).abs() < 6 * (variance / n).sqrt()
+
+
+# ---- The images ----------------------------------------------------------------------
+def test_images_are_what_the_dataset_gives_one_by_one():
+    """With ToTensor alone, which is taken at once, and with other transforms, even
+    random ones."""
+    resize = transforms.Resize(SIDE)
+    turn = transforms.RandomRotation(10)
+    to_tensor = transforms.ToTensor()
+    chains = [[to_tensor], [resize, turn, to_tensor], [resize, to_tensor, turn]]
+    for chain in chains:
+        transform = chain[0] if len(chain) == 1 else transforms.Compose(chain)
+        dataset = datasets.MNIST(ROOT / "data", train=False, transform=transform)
+        dataset.data, dataset.targets = dataset.data[:50], dataset.targets[:50]
+
+        torch.manual_seed(2)
+        images = quest.images_on("cpu", dataset)
+        torch.manual_seed(2)
+        one_by_one = torch.stack([dataset[n][0].flatten() for n in range(50)])
+
+        assert torch.equal(images, one_by_one)
+
+
+def test_load_data_returns_the_training_and_the_held_out_digits():
+    train_dataset, test_dataset = quest.load_data(ROOT / "data")
+
+    assert (len(train_dataset), len(test_dataset)) == (60_000, 10_000)
+    image, label = test_dataset[0]
+    assert image.shape == (1, SIDE, SIDE)
+    assert label == 7
+
+
+def test_the_digits_in_git_are_mnist_s():
+    sums = {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    }
+
+    found = {
+        name: hashlib.md5((MNIST / name).read_bytes()).hexdigest() for name in sums
+    }
+
+    assert found == sums
