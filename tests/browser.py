@@ -1,129 +1,462 @@
-"""What a person does with the page in a real browser, and what can be read off it: numbers, pixels, marks."""
+"""What a person does with the page in Chromium, and what can be seen and heard of it.
+
+`Page` is the page in the hands of a person. It presses, draws, walks and types as the
+browser's own devices do, by the DevTools protocol. It is read by what is in sight: the
+pixels of a canvas, words, boxes, and by the functions that the page has for tests.
+"""
 
 import base64
 import contextlib
 import json
-import re
-import time
+import math
+import shutil
 import urllib.request
 
 import torch
 import websocket
+from selenium import webdriver
+
+CHROMIUM = shutil.which("chromium")
+DRIVER = shutil.which("chromedriver")
+WIDE = (1440, 900)  # the window's size, but where a test is about sizes
+SCRIPT_LIMIT = 600  # seconds for one script in the page; a slow machine is no failure
+
+PICTURES = ("pad", "map", "redrawn")
 
 
-def opened(browser, path):
-    """Open the page at `path` anew; return the text that it shows."""
-    browser.get("about:blank")
-    browser.get_log("browser")
-    browser.get(path.as_uri())
-    return browser.find_element("tag name", "body").text
+@contextlib.contextmanager
+def chromium():
+    """Start Chromium without a window; yield the Page in it."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for switch in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "no-proxy-server",
+    ):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(DRIVER)
+    with webdriver.Chrome(options=options, service=service) as driver:
+        driver.set_script_timeout(SCRIPT_LIMIT)
+        driver.set_page_load_timeout(SCRIPT_LIMIT)
+        with contextlib.closing(devtools_of(driver)) as devtools:
+            yield Page(driver, devtools)
 
 
-def element(page, name):
-    return page.find_element("id", name)
-
-
-def text(page, name):
-    return element(page, name).get_property("textContent")
-
-
-def numbers(page, name):
-    return [float(number) for number in re.findall(r"-?\d+\.\d+", text(page, name))]
-
-
-def computed(page, script, *tensors, dtype=torch.float32):
-    """What JavaScript makes of tensors: it sees each as a Float32Array `a`, `b`, ... and returns one, flat."""
-    sent = [
-        base64.b64encode(tensor.contiguous().numpy()).decode() for tensor in tensors
-    ]
-    bytes_of = (
-        "arguments[0].map(text => new Float32Array(Uint8Array.fromBase64(text).buffer))"
+def devtools_of(driver):
+    """Connect to the DevTools of the driver's only page, without any proxy."""
+    address = driver.capabilities["goog:chromeOptions"]["debuggerAddress"]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{address}/json") as answer:
+        targets = json.load(answer)
+    url = next(each["webSocketDebuggerUrl"] for each in targets if each["type"] == "page")
+    return websocket.create_connection(
+        url, suppress_origin=True, http_no_proxy=["127.0.0.1", "localhost"]
     )
-    kind = "Float32Array" if dtype == torch.float32 else "Uint8Array"
-    script = f"const [a, b, c] = {bytes_of}; return new Uint8Array({kind}.from({script}).buffer).toBase64()"
-    return torch.frombuffer(
-        bytearray(base64.b64decode(page.execute_script(script, sent))), dtype=dtype
-    )
 
 
-def drawn(page, name, width, height):
-    """The pixels of a canvas, from 0 to 255: (height, width, 4)."""
-    script = (
-        f"element('{name}').getContext('2d').getImageData(0, 0, {width}, {height}).data"
-    )
-    return computed(page, script, dtype=torch.uint8).view(height, width, 4).float()
+def as_text(tensor):
+    """Encode the bytes of a tensor for JavaScript."""
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode()
 
 
-def marks(page, colour):
-    """The middle of each pixel of the map that has this colour, in the plane: (N, 2)."""
-    same = (drawn(page, "map", 600, 600)[..., :3] == torch.tensor(colour)).all(dim=2)
-    down, right = (same.nonzero() + 0.5).unbind(dim=1)
-    return torch.stack((right / 75 - 4, 4 - down / 75), dim=1)
+def from_text(text, dtype):
+    """Decode the bytes of a tensor that JavaScript has sent: flat."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)
 
 
-def point(page):
-    """The point z of the page: (2,)."""
-    return computed(page, "z")
+class Page:
+    """The page in the browser, in the hands of a person who asks for less motion.
 
+    Places on an element are shares of its width and height from its upper left corner.
+    """
 
-def gaussian(page):
-    """mu and logvar of what is encoded, with the noise as the slider says, and the ten draws: (2,), (2,), (10, 2)."""
-    mu, logvar, *samples = computed(
-        page, "[...q, ...samples].flatMap(v => [...v])"
-    ).view(12, 2)
-    return mu, logvar, torch.stack(samples)
+    def __init__(self, driver, devtools):
+        self.driver = driver
+        self.devtools = devtools
+        self.path = None
+        self.sent = 0
+        self.set_media()
+        self.set_size(*WIDE)
 
+    # ---- Opening ---------------------------------------------------------------------
+    def load(self, path):
+        """Load the file at `path`; return the text that is in sight then."""
+        self.driver.get("about:blank")
+        self.driver.get_log("browser")
+        self.driver.get(path.as_uri())
+        self.path = path
+        return self.words()
 
-def stroke(page, name, points, seconds=0.0):
-    """Drag through points, in shares of an element's width from its middle, as a hand does: without waiting."""
-    address = page.capabilities["goog:chromeOptions"]["debuggerAddress"]
-    with urllib.request.urlopen(f"http://{address}/json") as answer:
-        url = next(
-            target["webSocketDebuggerUrl"]
-            for target in json.load(answer)
-            if target["type"] == "page"
+    def open(self, path):
+        """Load the page at `path`, or say in words that it did not open."""
+        words = self.load(path)
+        opened = self.script("return document.getElementById('map')?.checkVisibility()")
+        assert opened, f"{path.name} did not open. It says: {words!r} {self.errors()}"
+        self.frame()
+
+    def reset(self, path):
+        """Show `path` with an empty pad, step 1 and the whole map; open it if need be.
+
+        What stays from before: the last dreams, and which digit of a class is next.
+        """
+        self.set_media()
+        self.set_size(*WIDE)
+        if self.path != path:
+            return self.open(path)
+        self.script(
+            "for (const id of ['clear', 'step-1']) document.getElementById(id).click();"
+            "scrollTo(0, 0); document.activeElement.blur()"
         )
-    middle = "const { x, y, width } = element(arguments[0]).getBoundingClientRect(); return [x, y, width]"
-    left, top, width = page.execute_script(middle, name)
-    ways = [
-        {"x": left + (0.5 + x) * width, "y": top + (0.5 + y) * width} for x, y in points
-    ]
-    events = [
-        ("mousePressed", ways[0]),
-        *(("mouseMoved", way) for way in ways[1:]),
-        ("mouseReleased", ways[-1]),
-    ]
-    with contextlib.closing(
-        websocket.create_connection(url, suppress_origin=True)
-    ) as socket:
-        for number, (kind, way) in enumerate(events):
-            params = {
-                "type": kind,
-                "button": "left",
-                "buttons": int(kind != "mouseReleased"),
-                "clickCount": 1,
-                **way,
+        self.move_away()
+        self.frame()
+
+    def errors(self):
+        """Return the errors that the page has reported since this was last asked."""
+        entries = self.driver.get_log("browser")
+        return [each["message"] for each in entries if each["level"] == "SEVERE"]
+
+    # ---- The machine that shows the page ---------------------------------------------
+    def send(self, *commands):
+        """Send DevTools commands, (method, parameters) each, without waiting between
+        them; return their results when all have been answered."""
+        first = self.sent + 1
+        for method, parameters in commands:
+            self.sent += 1
+            message = {"id": self.sent, "method": method, "params": parameters}
+            self.devtools.send(json.dumps(message))
+        answers = {}
+        while len(answers) < len(commands):
+            answer = json.loads(self.devtools.recv())
+            if answer.get("id", 0) < first:
+                continue  # an event, or the answer to an earlier command
+            assert "error" not in answer, f"DevTools refused: {answer}, {commands}"
+            answers[answer["id"]] = answer["result"]
+        return [answers[number] for number in sorted(answers)]
+
+    def set_media(self, motion="reduce", scheme="dark"):
+        """Set what the system asks of pages: motion "reduce" or "no-preference"."""
+        features = {"prefers-reduced-motion": motion, "prefers-color-scheme": scheme}
+        named = [{"name": name, "value": value} for name, value in features.items()]
+        self.send(("Emulation.setEmulatedMedia", {"features": named}))
+
+    def set_size(self, width, height, sharp=1):
+        """Set the window's size in CSS pixels, and device pixels for one of them."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": sharp}
+        self.send(("Emulation.setDeviceMetricsOverride", {**screen, "mobile": False}))
+
+    def set_slowness(self, times):
+        """Let the processor be so many times as slow."""
+        self.send(("Emulation.setCPUThrottlingRate", {"rate": times}))
+
+    def set_script(self, allowed):
+        """Allow or forbid JavaScript to the pages that are loaded from now on."""
+        self.send(("Emulation.setScriptExecutionDisabled", {"value": not allowed}))
+
+    def skip(self, seconds):
+        """Let the page's clock jump ahead."""
+        self.script(
+            """const [ahead, now] = [1000 * arguments[0], performance.now];
+            const later = requestAnimationFrame;
+            performance.now = () => now.call(performance) + ahead;
+            window.requestAnimationFrame = act => later(time => act(time + ahead));""",
+            seconds,
+        )
+
+    # ---- Scripts ---------------------------------------------------------------------
+    def script(self, text, *arguments):
+        """Return what JavaScript returns."""
+        return self.driver.execute_script(text, *arguments)
+
+    def wait(self, text, *arguments):
+        """Run JavaScript with `await` in it; return what it returns."""
+        answer = self.driver.execute_async_script(
+            f"""const done = arguments[arguments.length - 1];
+            const frame = () => new Promise(requestAnimationFrame);
+            const seconds = s => new Promise(act => setTimeout(act, 1000 * s));
+            (async () => {{ {text} }})().then(value => done([value, null]),
+                error => done([null, String(error)]));""",
+            *arguments,
+        )
+        assert answer[1] is None, f"a script failed in the page: {answer[1]}"
+        return answer[0]
+
+    def frame(self):
+        """Wait until what was asked for has been drawn."""
+        self.wait("await frame(); await frame();")
+
+    def settle(self):
+        """Wait until the map has not changed for 0.3 seconds."""
+        self.wait(
+            """const map = document.getElementById("map");
+            let last = "", since = performance.now();
+            while (performance.now() - since < 300) {
+                await frame();
+                const now = map.toDataURL();
+                if (now !== last) [last, since] = [now, performance.now()];
+            }"""
+        )
+
+    def compute(self, expression, **tensors):
+        """Return what JavaScript makes of float tensors, as a flat float tensor.
+
+        `expression` finds each under its name, as a Float32Array, and gives numbers.
+        """
+        given = "".join(
+            f"const {name} = read(arguments[{k}]);" for k, name in enumerate(tensors)
+        )
+        text = self.script(
+            f"""const read = text =>
+                new Float32Array(Uint8Array.fromBase64(text).buffer);
+            {given}
+            const numbers = Float32Array.from({expression});
+            return new Uint8Array(numbers.buffer).toBase64();""",
+            *map(as_text, tensors.values()),
+        )
+        return from_text(text, torch.float32)
+
+    # ---- Seeing and hearing ----------------------------------------------------------
+    def shown(self):
+        """Return x, mu and logvar in hand, three tensors."""
+        values = self.script("return shown()")
+        return [torch.tensor(values[name]) for name in ("x", "mu", "logvar")]
+
+    def costs(self):
+        """Return the costs in nats against the encoder's choice: {name: number}."""
+        self.frame()
+        return {
+            name: float(self.text(f"cost-{name}").replace("\u2212", "-"))
+            for name in ("picture", "cloud", "together")
+        }
+
+    def text(self, name):
+        """Return the text of the element with this id."""
+        return self.script(
+            "return document.getElementById(arguments[0]).textContent", name
+        )
+
+    def words(self):
+        """Return the text that is in sight, a piece a line."""
+        return self.script(
+            """const walk = document.createTreeWalker(document, NodeFilter.SHOW_TEXT);
+            const pieces = [];
+            for (let node = walk.nextNode(); node; node = walk.nextNode()) {
+                const text = node.textContent.trim().replace(/\\s+/g, " ");
+                const seen = node.parentElement.checkVisibility(
+                    { visibilityProperty: true, opacityProperty: true });
+                const range = document.createRange();
+                range.selectNodeContents(node);
+                const { width, height } = range.getBoundingClientRect();
+                const box = node.parentElement.getBoundingClientRect();
+                const clipped = box.width <= 1 && box.height <= 1;
+                if (text && seen && width && height && !clipped) pieces.push(text);
             }
-            socket.send(
-                json.dumps(
-                    {
-                        "id": number,
-                        "method": "Input.dispatchMouseEvent",
-                        "params": params,
-                    }
-                )
+            return pieces.join("\\n");"""
+        )
+
+    def pixels(self, name):
+        """Return the pixels of a canvas, from 0 to 255: (height, width, 4)."""
+        width, height, text = self.script(
+            """const canvas = document.getElementById(arguments[0]);
+            const { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            return [width, height, new Uint8Array(data.buffer).toBase64()];""",
+            name,
+        )
+        return from_text(text, torch.uint8).view(height, width, 4).float()
+
+    def strip(self, name):
+        """Return the small pictures of a row, from 0 to 1: (count, PIXELS)."""
+        texts = self.script(
+            """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map(
+                canvas => new Uint8Array(canvas.getContext("2d").getImageData(
+                    0, 0, canvas.width, canvas.height).data.buffer).toBase64());""",
+            name,
+        )
+        pixels = torch.stack([from_text(text, torch.uint8) for text in texts])
+        return pixels.view(len(texts), -1, 4)[..., 0].float() / 255
+
+    def image(self, name):
+        """Return the grey picture of a canvas, from 0 to 1: (PIXELS,) of SIDE x SIDE.
+
+        A larger canvas shows each pixel as a square: its middle is taken.
+        """
+        grey = self.pixels(name)[..., 0] / 255
+        step = grey.shape[0] // 28
+        return grey[step // 2 :: step, step // 2 :: step].flatten()
+
+    def ink(self):
+        """Return how much ink there is on the pad, from 0 to 1: (height, width)."""
+        return self.pixels("pad")[..., 3] / 255
+
+    def heard(self):
+        """Return what is said to a person who does not see, after it has been said."""
+        return self.wait(
+            """const live = () => [...document.querySelectorAll("[aria-live]")]
+                .map(each => each.textContent).join(" ").trim();
+            let last = live();
+            for (let quiet = 0; quiet < 7; quiet++) {
+                await seconds(0.1);
+                if (live() !== last) [last, quiet] = [live(), 0];
+            }
+            return last;"""
+        )
+
+    def names(self):
+        """Return what a screen reader tells of what can be used: [(role, name), ...]"""
+        (tree,) = self.send(("Accessibility.getFullAXTree", {}))
+        told = []
+        for node in tree["nodes"]:
+            if node["ignored"]:
+                continue
+            properties = {
+                each["name"]: each["value"].get("value")
+                for each in node.get("properties", [])
+            }
+            role = node["role"]["value"]
+            if properties.get("focusable") and role != "RootWebArea" or role == "image":
+                told.append((role, node.get("name", {}).get("value", "")))
+        return told
+
+    def boxes(self):
+        """Return the boxes of what is in sight: {id: [left, top, width, height]}."""
+        return self.script(
+            """const boxes = {};
+            for (const each of document.querySelectorAll("[id]")) {
+                const { left, top, width, height } = each.getBoundingClientRect();
+                const seen = each.checkVisibility({ visibilityProperty: true });
+                if (seen && each.matches("canvas, button, summary")) {
+                    boxes[each.id] = [left, top, width, height];
+                }
+            }
+            return boxes;"""
+        )
+
+    # ---- Acting ----------------------------------------------------------------------
+    def at(self, name, place):
+        """Return where a place on an element is in the window: {x, y}."""
+        left, top, width, height = self.script(
+            """const { left, top, width, height } = document
+                .getElementById(arguments[0]).getBoundingClientRect();
+            return [left, top, width, height];""",
+            name,
+        )
+        return {"x": left + width * place[0], "y": top + height * place[1]}
+
+    def press(self, *names):
+        """Press buttons with the mouse, one after another; return the page."""
+        for name in names:
+            x, y, hindrance = self.script(
+                """const button = document.getElementById(arguments[0]);
+                if (!button) return [0, 0, "there is none"];
+                button.scrollIntoView({ block: "nearest" });
+                const box = button.getBoundingClientRect();
+                const x = box.left + box.width / 2, y = box.top + box.height / 2;
+                const over = document.elementFromPoint(x, y);
+                const free = button.contains(over) ? null
+                    : `${over?.outerHTML.slice(0, 80)} lies over it`;
+                return [x, y, button.disabled ? "it is disabled" : free];""",
+                name,
             )
-            time.sleep(seconds / len(events))
-        while json.loads(socket.recv()).get("id") != number:
-            pass  # the last event has not been answered
+            assert hindrance is None, f"'{name}' cannot be pressed: {hindrance}"
+            place = {"x": x, "y": y}
+            self.mouse(("mousePressed", place), ("mouseReleased", place))
+        return self
+
+    def mouse(self, *events, kind="mouse", button="left", wait=False):
+        """Do what a mouse or a pen does: (type of DevTools' mouse event, {x, y}) each.
+
+        They are sent as a hand does, without waiting, or with `wait` one by one.
+        """
+        buttons = {"none": 0, "left": 1, "right": 2, "middle": 4}[button]
+        commands = [
+            (
+                "Input.dispatchMouseEvent",
+                {
+                    "type": type_of,
+                    **place,
+                    "button": button,
+                    "buttons": 0 if type_of == "mouseReleased" else buttons,
+                    "clickCount": 1,
+                    "pointerType": kind,
+                },
+            )
+            for type_of, place in events
+        ]
+        for group in [[each] for each in commands] if wait else [commands]:
+            self.send(*group)
+
+    def finger(self, what, *places):
+        """Let fingers "Start", "Move", "End" or "Cancel", at {x, y} each."""
+        points = [{"id": number, **place} for number, place in enumerate(places)]
+        parameters = {"type": f"touch{what}", "touchPoints": points}
+        self.send(("Input.dispatchTouchEvent", parameters))
+
+    def drag(self, name, places, kind="mouse", button="left", wait=False):
+        """Drag through places of an element: kind "mouse", "pen" or "touch"."""
+        first, *ways = [self.at(name, place) for place in places]
+        if kind == "touch":
+            self.finger("Start", first)
+            for way in ways:
+                self.finger("Move", way)
+            self.finger("End")
+        else:
+            down = ("mousePressed", first)
+            moves = [("mouseMoved", way) for way in ways]
+            up = ("mouseReleased", (ways or [first])[-1])
+            self.mouse(down, *moves, up, kind=kind, button=button, wait=wait)
+        self.frame()
+
+    def hover(self, name, place):
+        """Move the mouse to a place, without pressing."""
+        self.mouse(("mouseMoved", self.at(name, place)), button="none")
+        self.frame()
+
+    def move_away(self):
+        """Move the mouse into the window's corner."""
+        self.mouse(("mouseMoved", {"x": 1, "y": 1}), button="none")
+
+    def wheel(self, name, place, down):
+        """Turn the wheel over a place by so many pixels: above 0 is down."""
+        turn = {"type": "mouseWheel", **self.at(name, place), "deltaX": 0}
+        self.send(("Input.dispatchMouseEvent", {**turn, "deltaY": down}))
+        self.frame()
+
+    def type(self, *keys, shift=False):
+        """Press keys, "ArrowLeft", "Enter" or "+" each, where the focus is."""
+        commands = []
+        for key in keys:
+            common = {"key": key, "modifiers": 8 if shift else 0}
+            common |= KEYS.get(key, {})
+            text = {"text": key} if len(key) == 1 else {}
+            text = {"text": "\r"} if key == "Enter" else text
+            commands.append(("Input.dispatchKeyEvent", common | {"type": "keyDown"} | text))
+            commands.append(("Input.dispatchKeyEvent", common | {"type": "keyUp"}))
+        self.send(*commands)
+
+    def focus(self, name):
+        """Give an element the focus, as the Tab key does."""
+        self.script("document.getElementById(arguments[0]).focus()", name)
 
 
-def noise(page, exponent):
-    page.execute_script(
-        f"element('noise').value = {exponent}; element('noise').dispatchEvent(new Event('input'))"
-    )
+KEYS = {
+    key: {"code": key, "windowsVirtualKeyCode": number}
+    for key, number in {
+        "Tab": 9,
+        "Enter": 13,
+        "Escape": 27,
+        "ArrowLeft": 37,
+        "ArrowUp": 38,
+        "ArrowRight": 39,
+        "ArrowDown": 40,
+    }.items()
+}
 
 
-def ink(page):
-    """What the pad shows, from 0 to 255: (280, 280)."""
-    return drawn(page, "pad", 280, 280)[..., 3]
+def ring(radius, turns=1.02, points=52):
+    """Return places on a circle around the middle of the pad, a bit more than once."""
+    angles = [2 * math.pi * turns * k / (points - 1) for k in range(points)]
+    return [(0.5 + radius * math.cos(a), 0.5 + radius * math.sin(a)) for a in angles]
