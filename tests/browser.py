@@ -321,18 +321,32 @@ class Page:
                 told.append((role, node.get("name", {}).get("value", "")))
         return told
 
-    def boxes(self):
-        """Return the boxes of what is in sight: {id: [left, top, width, height]}."""
+    def layout(self):
+        """Return how the page lies in the window: a dict.
+
+        boxes: {id: [left, top, width, height]} of the pictures and controls in sight.
+        covered: ids of controls in the window that something lies over.
+        cut: ids or words of what is wider than its box.
+        width, height: of all of the page, with what one would have to scroll to.
+        """
         return self.script(
-            """const boxes = {};
-            for (const each of document.querySelectorAll("[id]")) {
+            """const boxes = {}, covered = [], cut = [];
+            const seen = each => each.checkVisibility({ visibilityProperty: true });
+            for (const each of document.querySelectorAll("canvas, button, summary")) {
+                if (!each.id && each.tagName !== "SUMMARY" || !seen(each)) continue;
                 const { left, top, width, height } = each.getBoundingClientRect();
-                const seen = each.checkVisibility({ visibilityProperty: true });
-                if (seen && each.matches("canvas, button, summary")) {
-                    boxes[each.id] = [left, top, width, height];
-                }
+                const name = each.id || "summary";
+                boxes[name] = [left, top, width, height];
+                const over = document.elementFromPoint(left + width / 2, top + height / 2);
+                if (over && !each.contains(over)) covered.push(name);
             }
-            return boxes;"""
+            for (const each of document.querySelectorAll("h1, h2, button, p, summary")) {
+                if (!seen(each) || each.clientWidth <= 1) continue;
+                if (each.scrollWidth <= each.clientWidth + 1) continue;
+                cut.push(each.id || each.textContent.trim());
+            }
+            const { scrollWidth, scrollHeight } = document.documentElement;
+            return { boxes, covered, cut, width: scrollWidth, height: scrollHeight };"""
         )
 
     # ---- Acting ----------------------------------------------------------------------

@@ -182,9 +182,9 @@ def costs_of(run, x, mu, logvar, eps=EPS):
 def descend(run, x, mu, logvar):
     """Return the least loss that Adam finds for one cloud, by PyTorch's gradients."""
     cloud = torch.stack((mu, logvar)).requires_grad_()
-    optimizer = torch.optim.Adam([cloud], lr=0.03)
+    optimizer = torch.optim.Adam([cloud], lr=0.04)
     least = math.inf
-    for _ in range(200):
+    for _ in range(120):
         optimizer.zero_grad()
         loss = costs_of(run, x, *cloud, eps=EPS[:32])[0]
         loss.backward()
@@ -212,15 +212,6 @@ def expect_cloud(page, mu=None, logvar=None, within=0.02):
     for name, pair, expected in zip(("mu", "logvar"), got, (mu, logvar), strict=True):
         if expected is not None:
             expect_numbers(pair, expected, f"{name} in hand", atol=within, rtol=0)
-
-
-def expect_still(before, after, what):
-    """Expect all that is in sight before and after to have kept its box."""
-    for name in before.keys() & after.keys():
-        off = max(abs(a - b) for a, b in zip(before[name], after[name], strict=True))
-        assert off < 0.6, (
-            f"{what}: '{name}' jumped from {before[name]} to {after[name]}"
-        )
 
 
 # ---- The model -----------------------------------------------------------------------
@@ -277,21 +268,19 @@ def test_the_page_s_loss_is_pytorch_s(any_run):
 
 
 # ---- A digit in hand -----------------------------------------------------------------
-@pytest.mark.parametrize("c", range(10))
-def test_a_class_button_takes_the_next_digit_of_its_class(page, run, c):
-    of_class = held_by(run)[0][c::10]
+def test_a_class_button_takes_the_next_digit_of_its_class(page, run):
+    x, _ = held_by(run)
 
-    taken = []
-    for _ in range(3):
-        page.press(f"class-{c}")
-        x, _, _ = page.shown()
-        same = (of_class - x).abs().amax(dim=1) < 1e-3
-        assert same.any(), f"x is no held-out {c} that the page holds"
-        taken.append(same.nonzero()[0].item())
-
-    count = len(of_class)
-    expected = [(taken[0] + k) % count for k in range(3)]
-    assert taken == expected, f"expected the {c}s number {expected}, not {taken}"
+    for c in range(10):
+        of_class = x[c::10]
+        taken = []
+        for _ in range(3):
+            page.press(f"class-{c}")
+            same = (of_class - page.shown()[0]).abs().amax(dim=1) < 1e-3
+            assert same.any(), f"x is no held-out {c} that the page holds"
+            taken.append(same.nonzero()[0].item())
+        expected = [(taken[0] + k) % len(of_class) for k in range(3)]
+        assert taken == expected, f"expected the {c}s number {expected}, not {taken}"
 
 
 def test_a_digit_in_hand_is_on_the_pad_encoded_and_redrawn(page, run):
@@ -793,26 +782,34 @@ def test_a_cloud_that_rolls_is_seen_to_and_stops_when_anything_is_done(page, run
 
 @pytest.mark.parametrize("c", [0, 1, 4])
 def test_the_glow_lies_where_the_digit_is_explained_best(page, run, c):
-    """Where p(z|x) is greatest, by PyTorch on a fine grid, within a cell of the map."""
-    x, _, _, _ = hold_cloud(page, run, c)
+    """Where p(z|x) is greatest, by PyTorch on a fine grid, within two cells."""
+    x, mu, _, place = hold_cloud(page, run, c)
+    page.type("+", "+", "+")
+    page.frame()
+    half = run.extent / 8  # the cloud has kept its place, on a map eight times as large
+    page.drag("map", [place, (0.95, 0.95)])
     page.settle()
 
     red, green, blue, _ = page.pixels("map").unbind(dim=2)
-    glowing = ((red - 245).abs() < 14) & ((green - 222).abs() < 14)
-    glowing &= ((green - blue) > 50) & ((red - green) < 40)
-    down, right = glowing.nonzero().float().unbind(dim=1)
-    assert len(right) > 20, "nothing glows"
-    scale = 2 * run.extent / len(red)
-    brightest = torch.stack((right.mean(), -down.mean())) * scale
-    brightest += run.extent * torch.tensor([-1, 1])
+    yellow = (red - blue) * (red - green < 0.35 * (red - blue))
+    assert yellow.max() > 50, "nothing glows"
+    down, right = (yellow > 0.9 * yellow.max()).nonzero().float().unbind(dim=1)
+    share = torch.stack((right.mean(), down.mean())) / len(red) - torch.tensor(place)
+    brightest = mu + 2 * half * share * torch.tensor([1, -1])
 
-    grid = torch.linspace(-run.extent, run.extent, 101)
-    z = torch.cartesian_prod(grid, grid)
+    low, high = [mu + 2 * half * end for end in in_sight(place)]
+    z = torch.cartesian_prod(*[torch.linspace(*ends, 60) for ends in zip(low, high)])
     bce = F.binary_cross_entropy(
         run.model.decode(z), x.expand(len(z), -1), reduction="none"
     )
     best = z[(bce.sum(dim=1) + z.pow(2).sum(dim=1) / 2).argmin()]
-    expect_numbers(brightest, best, "the brightest place", atol=0.6, rtol=0)
+    expect_numbers(brightest, best, "the brightest place", atol=0.12, rtol=0)
+
+
+def in_sight(place):
+    """Return how far the map reaches from a place on it, left and down, right and up."""
+    right, down = place
+    return torch.tensor([-right, down - 1]), torch.tensor([1 - right, down])
 
 
 # ---- All clouds ----------------------------------------------------------------------
@@ -1009,7 +1006,8 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
     )
 
     assert seen > 2, f"{seen} pictures are seen on the way"
-    expect_picture(page.image("redrawn"), page.strip("dream-strip")[-10:].max(0).values, "x", 2)
+    off = (page.strip("dream-strip") - page.image("redrawn")).abs().amax(dim=1).min()
+    assert off < 0.01, "what is redrawn at the end is not in the row of dreams"
 
 
 # ---- Any run's page ------------------------------------------------------------------
@@ -1101,7 +1099,8 @@ def test_the_page_asks_for_no_file_and_may_not(page):
         return refused;"""
     )
     page.errors()  # they tell of the three refusals
-    assert [each.partition("-src")[0] for each in refused] == ["connect", "img", "script"]
+    kinds = sorted(each.partition("-src")[0] for each in refused)
+    assert kinds == ["connect", "img", "script"], f"refused: {refused}"
 
 
 # ---- No page -------------------------------------------------------------------------
@@ -1260,7 +1259,7 @@ def test_who_does_not_see_hears_what_is_there_once_for_each_act(page):
 @pytest.mark.parametrize("step", STEPS)
 def test_the_tab_key_reaches_each_control_and_each_has_a_name(page, step):
     page.press("class-3", step).frame()
-    wanted = set(page.boxes()) - {"pad", "redrawn"}
+    wanted = set(page.layout()["boxes"]) - {"pad", "redrawn"}
     wanted = {
         name
         for name in wanted
@@ -1282,54 +1281,84 @@ def test_the_tab_key_reaches_each_control_and_each_has_a_name(page, step):
     assert not mute, f"without a name: {mute}"
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_at_each_size_all_is_in_sight_and_nothing_jumps(page, run, size):
-    width, height = SIZES[size]
-    page.set_size(width, height)
-    page.press("class-3")
-    first = page.boxes()
+@pytest.fixture(scope="module", params=SIZES)
+def tour(request, browser, main_page):
+    """A walk through the five steps in a window of one size: what lay where.
 
+    Returns (width, height) of the window, and [(what was done, Page.layout), ...].
+    """
+    size = SIZES[request.param]
+    browser.reset(main_page)
+    browser.set_size(*size)
+    seen = []
+
+    def look(what):
+        browser.move_away()
+        browser.frame()
+        browser.script("scrollTo(0, 0)")
+        seen.append((what, browser.layout()))
+
+    browser.press("class-3")
+    look("a digit taken")
     for step in STEPS:
-        page.press(step).frame()
-        before = page.boxes()
-        expect_still(first, before, f"{size}, {step}")
+        browser.press(step)
+        look(step)
+        browser.press("class-3")
+        browser.drag("map", [(0.5, 0.5), (0.6, 0.6)])
+        for name, where in (("roll", "step-3"), ("dream", "step-5")):
+            if step == where:
+                browser.press(name)
+        look(f"{step}, a walk over the map")
+    browser.press("step-1", "clear")
+    look("the pad cleared")
+    assert not browser.errors(), "the page has reported errors"
+    return size, seen
+
+
+def test_both_pictures_and_the_map_are_in_sight_at_each_size(tour):
+    (width, height), seen = tour
+    for what, layout in seen:
         for name in PICTURES:
-            left, top, wide, high = before[name]
-            assert left >= 0 and top >= 0 and left + wide <= width + 0.5, (
-                f"{size}, {step}: '{name}' is cut: {before[name]}"
-            )
-            assert top + high <= height + 0.5, (
-                f"{size}, {step}: '{name}' ends at {top + high:.0f}, below the window"
-            )
+            left, top, wide, high = layout["boxes"][name]
+            ends = f"{left + wide:.0f} x {top + high:.0f}"
+            inside = left >= 0 and top >= 0 and left + wide <= width + 0.5
+            inside = inside and top + high <= height + 0.5
+            assert inside, f"{what}: '{name}' ends at {ends} of {width} x {height}"
+
+
+def test_nothing_that_one_does_not_move_jumps_at_any_size(tour):
+    _, seen = tour
+    first = {}
+    for what, layout in seen:
+        for name, box in layout["boxes"].items():
+            before = first.setdefault(name, box)
+            off = max(abs(a - b) for a, b in zip(before, box, strict=True))
+            assert off < 0.6, f"{what}: '{name}' jumped from {before} to {box}"
+
+
+def test_targets_are_44_pixels_wide_and_high_and_free_at_any_size(tour):
+    _, seen = tour
+    for what, layout in seen:
+        targets = layout["boxes"].keys() - {"pad", "map", "redrawn"}
+        assert len(targets) > 15, f"{what}: there is {sorted(targets)} alone"
         small = {
-            name: box[2:]
-            for name, box in before.items()
-            if name not in PICTURES and min(box[2:]) < 43.9
+            name: layout["boxes"][name][2:]
+            for name in targets
+            if min(layout["boxes"][name][2:]) < 43.9
         }
-        assert not small, f"{size}, {step}: targets below 44 pixels: {small}"
+        assert not small, f"{what}: smaller than that: {small}"
+        covered = layout["covered"]
+        assert not covered, f"{what}: something lies over {covered}"
 
-        page.press("class-3")
-        page.drag("map", [(0.5, 0.5), (0.6, 0.6)])
-        page.focus("map")
-        page.type("ArrowLeft", "+", "-")
-        page.press("zoom-in")
-        if step in ("step-3", "step-5"):
-            page.press("roll" if step == "step-3" else "dream")
-        page.frame()
-        page.move_away()
-        page.script("scrollTo(0, 0)")
-        expect_still(before, page.boxes(), f"{size}, {step}, after some acts")
 
-        across, down = page.script(
-            "const { scrollWidth, scrollHeight } = document.documentElement;"
-            "return [scrollWidth, scrollHeight];"
-        )
-        assert across <= width, f"{size}, {step}: {across} pixels wide"
-        assert size not in DESKS or down <= height, f"{size}, {step}: {down} high"
-
-    page.press("clear").frame()
-    page.script("scrollTo(0, 0)")
-    expect_still(first, page.boxes(), f"{size}, without a digit")
+def test_nothing_is_cut_and_nothing_scrolls_but_a_phone_downwards(tour):
+    (width, height), seen = tour
+    for what, layout in seen:
+        assert not layout["cut"], f"{what}: too wide for its place: {layout['cut']}"
+        wide, high = layout["width"], layout["height"]
+        assert wide <= width, f"{what}: {wide} pixels wide, the window {width}"
+        if (width, height) in DESKS.values():
+            assert high <= height, f"{what}: {high} pixels high, the window {height}"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -1404,8 +1433,9 @@ def test_words_stand_out_from_their_ground(page, scheme):
 
 
 @pytest.mark.parametrize("sharp", [1, 2, 3])
-def test_the_map_has_a_pixel_for_each_of_the_screen_s(page, sharp):
-    page.set_size(*WIDE, sharp)
+def test_the_map_has_a_pixel_for_each_of_the_screen_s(opened, main_page, sharp):
+    page = opened(main_page)
+    page.set_size(1200, 900, sharp)
     page.frame()
 
     got, width = page.script(
@@ -1418,8 +1448,6 @@ def test_the_map_has_a_pixel_for_each_of_the_screen_s(page, sharp):
 
 def random_act(page, chance):
     """Do one thing that a person may do."""
-    spots = {name: page.at(name, (0, 0)) for name in ()}
-    del spots
     place = (chance.random(), chance.random())
     what = chance.choice(["button", "button", "key", "drag", "wheel", "finger"])
     if what == "button":
@@ -1450,13 +1478,15 @@ def random_act(page, chance):
             page.finger(chance.choice(["End", "Cancel"]))
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("motion", ["reduce", "no-preference"])
-def test_no_error_in_100_random_acts(page, run, seed, motion):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_error_in_50_random_acts(page, run, seed, motion):
+    """In a small window, so that drawing takes little time."""
     chance = random.Random(seed)
+    page.set_size(844, 390)
     page.set_media(motion=motion)
 
-    for _ in range(100):
+    for _ in range(50):
         random_act(page, chance)
 
     page.set_media()
