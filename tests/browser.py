@@ -18,7 +18,7 @@ from selenium import webdriver
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
-WIDE = (1440, 900)  # the window's size, but where a test is about sizes
+WINDOW = (1000, 640)  # its size, but where a test is about sizes; small, to be quick
 SCRIPT_LIMIT = 600  # seconds for one script in the page; a slow machine is no failure
 
 PICTURES = ("pad", "map", "redrawn")
@@ -79,8 +79,9 @@ class Page:
         self.devtools = devtools
         self.path = None
         self.sent = 0
+        self.set = {}
         self.set_media()
-        self.set_size(*WIDE)
+        self.set_size(*WINDOW)
 
     # ---- Opening ---------------------------------------------------------------------
     def load(self, path):
@@ -104,15 +105,17 @@ class Page:
         What stays from before: the last dreams, and which digit of a class is next.
         """
         self.set_media()
-        self.set_size(*WIDE)
+        self.set_size(*WINDOW)
         if self.path != path:
             return self.open(path)
-        self.script(
-            "for (const id of ['clear', 'step-1']) document.getElementById(id).click();"
-            "scrollTo(0, 0); document.activeElement.blur()"
-        )
         self.move_away()
-        self.frame()
+        self.wait(
+            """for (const id of ["clear", "step-1"]) document.getElementById(id).click();
+            scrollTo(0, 0);
+            document.activeElement.blur();
+            await frame();
+            await frame();"""
+        )
 
     def errors(self):
         """Return the errors that the page has reported since this was last asked."""
@@ -137,16 +140,22 @@ class Page:
             answers[answer["id"]] = answer["result"]
         return [answers[number] for number in sorted(answers)]
 
+    def set_once(self, method, parameters):
+        """Send a setting, unless it is set already."""
+        if self.set.get(method) != parameters:
+            self.send((method, parameters))
+            self.set[method] = parameters
+
     def set_media(self, motion="reduce", scheme="dark"):
         """Set what the system asks of pages: motion "reduce" or "no-preference"."""
         features = {"prefers-reduced-motion": motion, "prefers-color-scheme": scheme}
         named = [{"name": name, "value": value} for name, value in features.items()]
-        self.send(("Emulation.setEmulatedMedia", {"features": named}))
+        self.set_once("Emulation.setEmulatedMedia", {"features": named})
 
     def set_size(self, width, height, sharp=1):
         """Set the window's size in CSS pixels, and device pixels for one of them."""
         screen = {"width": width, "height": height, "deviceScaleFactor": sharp}
-        self.send(("Emulation.setDeviceMetricsOverride", {**screen, "mobile": False}))
+        self.set_once("Emulation.setDeviceMetricsOverride", {**screen, "mobile": False})
 
     def set_slowness(self, times):
         """Let the processor be so many times as slow."""
@@ -298,7 +307,7 @@ class Page:
             """const live = () => [...document.querySelectorAll("[aria-live]")]
                 .map(each => each.textContent).join(" ").trim();
             let last = live();
-            for (let quiet = 0; quiet < 7; quiet++) {
+            for (let quiet = 0; quiet < 6; quiet++) {
                 await seconds(0.1);
                 if (live() !== last) [last, quiet] = [live(), 0];
             }
@@ -320,6 +329,34 @@ class Page:
             if properties.get("focusable") and role != "RootWebArea" or role == "image":
                 told.append((role, node.get("name", {}).get("value", "")))
         return told
+
+    def tabbed(self, times):
+        """Press the Tab key so often; return the controls in sight, those that the
+        focus came to, and those of them on which it cannot be seen: three sets."""
+        self.script(
+            """document.activeElement.blur();
+            getSelection().removeAllRanges();
+            const name = each => each.id || each.tagName.toLowerCase();
+            window.tabbed = { name, reached: [], unseen: [] };
+            tabbed.note = ({ target }) => {
+                tabbed.reached.push(name(target));
+                if (getComputedStyle(target).outlineStyle === "none") {
+                    tabbed.unseen.push(name(target));
+                }
+            };
+            document.addEventListener("focusin", tabbed.note);"""
+        )
+        self.type(*["Tab"] * times)
+        return map(
+            set,
+            self.script(
+                """document.removeEventListener("focusin", tabbed.note);
+                const controls = "button, summary, a, input, [tabindex='0']";
+                const wanted = [...document.querySelectorAll(controls)].filter(each =>
+                    !each.disabled && each.checkVisibility({ visibilityProperty: true }));
+                return [wanted.map(tabbed.name), tabbed.reached, tabbed.unseen];"""
+            ),
+        )
 
     def layout(self):
         """Return how the page lies in the window: a dict.
@@ -470,7 +507,7 @@ KEYS = {
 }
 
 
-def ring(radius, turns=1.02, points=52):
+def ring(radius, turns=1.03, points=32):
     """Return places on a circle around the middle of the pad, a bit more than once."""
     angles = [2 * math.pi * turns * k / (points - 1) for k in range(points)]
     return [(0.5 + radius * math.cos(a), 0.5 + radius * math.sin(a)) for a in angles]

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ import quest_12_1 as quest
 from dreams import gallery
 
 pytest.importorskip("selenium", reason="selenium is not installed")
-from browser import CHROMIUM, DRIVER, PICTURES, WIDE, chromium, ring  # noqa: E402
+from browser import CHROMIUM, DRIVER, PICTURES, chromium, ring  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="Chromium or its driver is not installed"
 )
 
-DESKS = {"desk": WIDE, "small desk": (1366, 650), "large desk": (1920, 1080)}
+DESKS = {"desk": (1440, 900), "small desk": (1366, 650), "large desk": (1920, 1080)}
 PHONES = {"tablet": (820, 1180), "phone": (390, 844), "phone on its side": (844, 390)}
 SIZES = DESKS | PHONES
 STEPS = [f"step-{k}" for k in range(1, 6)]
@@ -135,7 +136,6 @@ def browser():
 @pytest.fixture
 def opened(browser):
     """A function that opens a page at a path; an error that it reports is a failure."""
-    browser.errors()
     yield lambda path: browser.reset(path) or browser
     reported = browser.errors()
     assert not reported, f"the page has reported errors: {reported}"
@@ -215,17 +215,17 @@ def expect_cloud(page, mu=None, logvar=None, within=0.02):
 
 
 # ---- The model -----------------------------------------------------------------------
-@pytest.fixture(params=["main job", "ten more units, beta 30"])
+@pytest.fixture(scope="module", params=["main job", "ten more units, beta 30"])
 def any_run(request):
-    """A run, and its page opened."""
+    """A run, and the path of its page."""
     names = {"main job": ("run", "main_page")}
-    run, path = names.get(request.param, ("heavy_run", "heavy_page"))
-    page = request.getfixturevalue("opened")(request.getfixturevalue(path))
-    return request.getfixturevalue(run), page
+    names = names.get(request.param, ("heavy_run", "heavy_page"))
+    return [request.getfixturevalue(name) for name in names]
 
 
-def test_the_page_encodes_and_decodes_as_pytorch_does(any_run):
-    run, page = any_run
+def test_the_page_encodes_and_decodes_as_pytorch_does(opened, any_run):
+    run, path = any_run
+    page = opened(path)
     x, z = run.x[torch.randperm(len(run.x))[:50]], torch.randn(200, 2)
 
     codes = page.compute(
@@ -245,8 +245,9 @@ def test_the_page_encodes_and_decodes_as_pytorch_does(any_run):
     expect_numbers(images.view(200, 784), expected, "images", atol=1e-4, rtol=0)
 
 
-def test_the_page_s_loss_is_pytorch_s(any_run):
-    run, page = any_run
+def test_the_page_s_loss_is_pytorch_s(opened, any_run):
+    run, path = any_run
+    page = opened(path)
     x = run.x[torch.randperm(len(run.x))[:50]]
     mu, logvar = run.model.encode(x)
     recon_x = run.model.decode(mu)
@@ -337,8 +338,7 @@ STROKES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["mouse", "touch", "pen"])
-@pytest.mark.parametrize("digit", STROKES)
+@pytest.mark.parametrize(("digit", "kind"), [(0, "mouse"), (1, "touch"), (0, "pen")])
 def test_a_drawn_digit_lands_among_its_own_kind(page, run, digit, kind):
     page.drag("pad", STROKES[digit], kind)
 
@@ -612,7 +612,7 @@ def hold_cloud(page, run, c):
     return x, mu, logvar, on_map(run, mu)
 
 
-@pytest.mark.parametrize("kind", ["mouse", "touch", "pen"])
+@pytest.mark.parametrize("kind", ["mouse", "touch"])
 def test_the_middle_moves_the_cloud_on_the_map_s_scale(page, run, kind):
     x, mu, logvar, (right, down) = hold_cloud(page, run, 3)
 
@@ -650,8 +650,7 @@ def edge_of(page, place, way):
     return tuple(share + step * handle / size for share, step in zip(place, way, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["mouse", "touch"])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("axis", "kind"), [(0, "mouse"), (1, "touch")])
 def test_the_edge_pulled_twice_as_far_makes_the_cloud_twice_as_wide(page, run, axis, kind):
     """On its own axis alone."""
     _, mu, logvar, place = hold_cloud(page, run, 3)
@@ -687,10 +686,11 @@ def test_keys_move_and_widen_the_cloud(page, run):
         page.frame()
 
 
-@pytest.mark.parametrize("c", [0, 1, 4, 7])
-def test_costs_are_those_of_the_cloud_against_the_encoder_s_choice(any_run, c):
+@pytest.mark.parametrize("c", [0, 4, 7])
+def test_costs_are_those_of_the_cloud_against_the_encoder_s_choice(opened, any_run, c):
     """In nats, weighted by beta, for a cloud about as wide as the encoder's."""
-    run, page = any_run
+    run, path = any_run
+    page = opened(path)
     x, mu, logvar, _ = hold_cloud(page, run, c)
     page.type("ArrowRight", "ArrowUp")
     for key in ["ArrowRight"] * 3 + ["ArrowDown"] * 2:
@@ -722,24 +722,21 @@ def test_the_encoder_s_choice_comes_back_with_all_costs_at_zero(page, run):
 
 
 def roll(page):
-    """Press Roll downhill and let the page's clock jump; return mu and logvar at rest.
+    """Press Roll downhill, let the page's clock jump; return mu and logvar at the end.
 
-    With motion: then the cloud is seen to move in each frame until it rests.
+    Who asks for less motion sees nothing but the end.
     """
-    page.set_media(motion="no-preference")
+    _, *before = page.shown()
     page.press("roll").skip(30)
-    page.wait(
-        """let last = "", same = 0;
-        while (same < 12) {
-            await frame();
-            const { mu, logvar } = shown(), now = [...mu, ...logvar].join();
-            [last, same] = [now, now === last ? same + 1 : 0];
-        }"""
-    )
-    return page.shown()[1:]
+    for _ in range(600):
+        page.wait("for (let frames = 0; frames < 5; frames++) await frame();")
+        _, *now = page.shown()
+        if not torch.equal(torch.cat(now), torch.cat(before)):
+            return now
+    raise AssertionError("the cloud has not rolled anywhere in 3,000 frames")
 
 
-@pytest.mark.parametrize("c", [0, 3, 5, 8])
+@pytest.mark.parametrize("c", [0, 5, 8])
 def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(page, run, c):
     """From a cloud that is moved and widened, so that both have a way to go."""
     x, _, _, _ = hold_cloud(page, run, c)
@@ -755,7 +752,6 @@ def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(page, run, c):
     assert end <= start, f"it rolled uphill, from {start} to {end} nats"
     loss = costs_of(run, x, *ended)[0].item()
     least = descend(run, x, *began)
-    print(f"class {c}: {costs_of(run, x, *began)[0]:.2f} -> {loss:.2f}, PyTorch {least:.2f}")
     assert loss < least + 1, f"it ended at {loss:.2f}, PyTorch at {least:.2f} nats"
 
 
@@ -918,11 +914,11 @@ def test_alone_no_word_is_said_of_another_model(page):
 
 # ---- Dream ---------------------------------------------------------------------------
 def test_dreams_are_drawn_from_the_standard_normal_distribution(page):
-    """150 dreams, two numbers each: the bounds are five standard errors."""
+    """120 dreams, two numbers each: the bounds are five standard errors."""
     page.press("step-5")
     told = page.wait(
         """const texts = [];
-        for (let k = 0; k < 150; k++) {
+        for (let k = 0; k < 120; k++) {
             document.getElementById("dream").click();
             await frame();
             texts.push(document.getElementById("told-where").textContent);
@@ -932,12 +928,12 @@ def test_dreams_are_drawn_from_the_standard_normal_distribution(page):
 
     pairs = [re.findall(r"−?\d+\.\d\d", text) for text in told]
     z = torch.tensor([[float(n.replace("−", "-")) for n in pair] for pair in pairs])
-    assert z.shape == (150, 2), f"no place is told of some dreams: {told}"
+    assert z.shape == (120, 2), f"no place is told of some dreams: {told}"
     mean, std = z.mean().item(), z.std().item()
-    assert abs(mean) < 5 / math.sqrt(300), f"expected a mean of 0, not {mean:.2f}"
-    assert abs(std - 1) < 5 / math.sqrt(600), f"expected a std of 1, not {std:.2f}"
+    assert abs(mean) < 5 / math.sqrt(240), f"expected a mean of 0, not {mean:.2f}"
+    assert abs(std - 1) < 5 / math.sqrt(480), f"expected a std of 1, not {std:.2f}"
     far = (z.abs() > 2).sum().item()
-    assert 1 <= far <= 40, f"expected some 14 of 300 numbers beyond 2, not {far}"
+    assert 1 <= far <= 40, f"expected some 11 of 240 numbers beyond 2, not {far}"
 
 
 def test_the_last_ten_dreams_stay_in_sight(page):
@@ -1243,42 +1239,49 @@ def test_who_does_not_see_hears_what_is_there_once_for_each_act(page):
         "a class button": (lambda: page.press("class-3"), r"^A 3, among \ds, redrawn as an? \d"),
         "a stroke": (lambda: page.drag("pad", ring(0.25)), r"drawing, among \ds"),
         "a walk": (lambda: page.drag("map", [(0.4, 0.4), (0.6, 0.6)]), r"among \ds"),
-        "keys": (type_on_map(*["ArrowLeft"] * 5), r"among \ds"),
+        "keys": (lambda: type_on_map(*["ArrowLeft"] * 5)(page), r"among \ds"),
         "clear": (lambda: page.press("clear"), "empty"),
         "a dream": (lambda: page.press("step-5", "dream"), r"[Dd]ream, an? \d"),
     }
     for what, (act, expected) in acts.items():
         page.script("sayings = 0")
-        act(page) if what == "keys" else act()
+        act()
         heard = page.heard()
         assert re.search(expected, heard), f"after {what} one hears {heard!r}"
         count = page.script("return sayings")
         assert count <= 2, f"{what}: something is said {count} times"
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_the_tab_key_reaches_each_control_and_each_has_a_name(page, step):
-    page.press("class-3", step).frame()
-    wanted = set(page.layout()["boxes"]) - {"pad", "redrawn"}
-    wanted = {
-        name
-        for name in wanted
-        if page.script(
-            "const { disabled, tagName, tabIndex } = document.getElementById(arguments[0]);"
-            "return !disabled && (tagName !== 'CANVAS' || tabIndex >= 0);",
-            name,
-        )
-    }
+def test_the_tab_key_reaches_each_control_and_shows_where_it_is(page):
+    page.press("class-3")
+    for step in STEPS:
+        page.press(step).frame()
 
-    page.script("document.activeElement.blur(); getSelection().removeAllRanges()")
-    reached = set()
-    for _ in range(len(wanted) + 5):
-        page.type("Tab")
-        reached.add(page.script("return document.activeElement.id"))
+        wanted, reached, unseen = page.tabbed(30)
 
-    assert wanted <= reached, f"the Tab key does not reach {sorted(wanted - reached)}"
-    mute = [each for each in page.names() if not each[1].strip()]
-    assert not mute, f"without a name: {mute}"
+        assert len(wanted) > 15, f"{step}: the controls are {sorted(wanted)} alone"
+        missed = wanted - reached
+        assert not missed, f"{step}: the Tab key does not reach {sorted(missed)}"
+        assert not unseen, f"{step}: the focus cannot be seen on {sorted(unseen)}"
+
+
+def test_all_that_can_be_used_and_each_picture_has_a_name(page):
+    page.press("class-3")
+    for step in STEPS:
+        page.press(step).frame()
+
+        told = page.names()
+
+        assert len(told) > 18, f"{step}: a screen reader tells of {told} alone"
+        mute = [role for role, name in told if not name.strip()]
+        assert not mute, f"{step}: without a name: {mute}"
+        odd = {role for role, _ in told} - ROLES
+        assert not odd, f"{step}: roles that say little: {odd}"
+        twice = [name for name, count in Counter(told).items() if count > 1]
+        assert not twice, f"{step}: the same name twice: {twice}"
+
+
+ROLES = {"button", "image", "application", "DisclosureTriangle"}
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -1361,13 +1364,15 @@ def test_nothing_is_cut_and_nothing_scrolls_but_a_phone_downwards(tour):
             assert high <= height, f"{what}: {high} pixels high, the window {height}"
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_at_most_80_words_are_in_sight(page, step):
-    page.press("class-3", step).frame()
+def test_at_most_80_words_are_in_sight(page):
+    page.press("class-3")
+    for step in STEPS:
+        page.press(step).frame()
 
-    words = [word for word in page.words().split() if re.search("[a-z]", word, re.I)]
+        words = [each for each in page.words().split() if re.search("[a-z]", each, re.I)]
 
-    assert len(words) <= 80, f"{len(words)} words are in sight: {' '.join(words)}"
+        count = len(words)
+        assert 15 < count <= 80, f"{step}: {count} words in sight: {' '.join(words)}"
 
 
 CONTRAST = """
