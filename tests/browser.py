@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import math
+import re
 import shutil
 import urllib.request
 
@@ -22,6 +23,7 @@ WINDOW = (1000, 640)  # its size, but where a test is about sizes; small, to be 
 SCRIPT_LIMIT = 600  # seconds for one script in the page; a slow machine is no failure
 
 PICTURES = ("pad", "map", "redrawn")
+SIDE = 28  # pixels of a picture's side, in the model
 
 
 @contextlib.contextmanager
@@ -38,6 +40,7 @@ def chromium():
     ):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.ignore_local_proxy_environment_variables()
     service = webdriver.ChromeService(DRIVER)
     with webdriver.Chrome(options=options, service=service) as driver:
         driver.set_script_timeout(SCRIPT_LIMIT)
@@ -52,7 +55,9 @@ def devtools_of(driver):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://{address}/json") as answer:
         targets = json.load(answer)
-    url = next(each["webSocketDebuggerUrl"] for each in targets if each["type"] == "page")
+    url = next(
+        each["webSocketDebuggerUrl"] for each in targets if each["type"] == "page"
+    )
     return websocket.create_connection(
         url, suppress_origin=True, http_no_proxy=["127.0.0.1", "localhost"]
     )
@@ -66,6 +71,49 @@ def as_text(tensor):
 def from_text(text, dtype):
     """Decode the bytes of a tensor that JavaScript has sent: flat."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)
+
+
+# What is read off each piece of text: its colour on those that lie below it.
+CONTRASTS = """
+const canvas = document.createElement("canvas");
+canvas.width = canvas.height = 1;
+const on = canvas.getContext("2d", { willReadFrequently: true });
+const over = colours => {  // what is seen of colours with their opacity, the last on top
+    on.clearRect(0, 0, 1, 1);
+    for (const [colour, alpha] of colours) {
+        on.globalAlpha = alpha;
+        on.fillStyle = colour;
+        on.fillRect(0, 0, 1, 1);
+    }
+    return on.getImageData(0, 0, 1, 1).data;
+};
+const light = data => {
+    const [r, g, b] = [...data].map(byte => {
+        const share = byte / 255;
+        return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+const found = {};
+for (let node = walk.nextNode(); node; node = walk.nextNode()) {
+    const text = node.textContent.trim(), owner = node.parentElement;
+    const seen = owner.checkVisibility({ visibilityProperty: true });
+    if (!text || !seen || owner.closest(".unseen, :disabled, script, style")) continue;
+    let alpha = 1;
+    const grounds = [];
+    for (let each = owner; each; each = each.parentElement) {
+        const style = getComputedStyle(each);
+        alpha *= style.opacity;
+        grounds.unshift([style.backgroundColor, 1]);
+    }
+    const colour = getComputedStyle(owner).color;
+    const [a, b] = [light(over([...grounds, [colour, alpha]])), light(over(grounds))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    found[text] = Math.min(ratio, found[text] ?? 21);
+}
+return found;
+"""
 
 
 class Page:
@@ -89,7 +137,7 @@ class Page:
         self.driver.get("about:blank")
         self.driver.get_log("browser")
         self.driver.get(path.as_uri())
-        self.path = path
+        self.path = None  # not open before it shows its map
         return self.words()
 
     def open(self, path):
@@ -97,6 +145,7 @@ class Page:
         words = self.load(path)
         opened = self.script("return document.getElementById('map')?.checkVisibility()")
         assert opened, f"{path.name} did not open. It says: {words!r} {self.errors()}"
+        self.path = path
         self.frame()
 
     def reset(self, path):
@@ -111,6 +160,7 @@ class Page:
         self.move_away()
         self.wait(
             """for (const id of ["clear", "step-1"]) document.getElementById(id).click();
+            document.querySelector("details").open = false;
             scrollTo(0, 0);
             document.activeElement.blur();
             await frame();
@@ -212,22 +262,50 @@ class Page:
     def compute(self, expression, **tensors):
         """Return what JavaScript makes of float tensors, as a flat float tensor.
 
-        `expression` finds each under its name, as a Float32Array, and gives numbers.
+        `expression` finds each under its name, as a Float32Array, row(x, n) as a row of
+        x, and gives numbers.
         """
         given = "".join(
             f"const {name} = read(arguments[{k}]);" for k, name in enumerate(tensors)
         )
+        widths = "".join(f"[{n}, {t.shape[-1]}]," for n, t in tensors.items())
         text = self.script(
             f"""const read = text =>
                 new Float32Array(Uint8Array.fromBase64(text).buffer);
             {given}
+            const widths = new Map([{widths}]);
+            const row = (tensor, n) => {{
+                const width = widths.get(tensor);
+                return tensor.subarray(width * n, width * (n + 1));
+            }};
             const numbers = Float32Array.from({expression});
             return new Uint8Array(numbers.buffer).toBase64();""",
             *map(as_text, tensors.values()),
         )
         return from_text(text, torch.float32)
 
-    # ---- Seeing and hearing ----------------------------------------------------------
+    # ---- The functions that the page has for tests -----------------------------------
+    def encode(self, x):
+        """Return what the page encodes x: (N, PIXELS) as: mu and logvar, (N, 4)."""
+        pairs = "encode(row(x, n)).flatMap(pair => [...pair])"
+        return self.rows(pairs, x=x).view(len(x), 4)
+
+    def decode(self, z):
+        """Return what the page decodes z: (N, 2) into: (N, PIXELS)."""
+        return self.rows("[...decode(row(z, n))]", z=z).view(len(z), -1)
+
+    def loss_terms(self, recon, x, mu, logvar):
+        """Return loss, BCE and KLD of each row of four tensors: (N, 3)."""
+        terms = "lossTerms(row(recon, n), row(x, n), row(mu, n), row(logvar, n))"
+        named = {"recon": recon, "x": x, "mu": mu, "logvar": logvar}
+        return self.rows(terms, **named).view(len(x), 3)
+
+    def rows(self, expression, **tensors):
+        """Return the numbers that JavaScript makes of each row n of tensors, flat."""
+        count = len(next(iter(tensors.values())))
+        each = f"Array.from({{ length: {count} }}, (_, n) => {expression}).flat()"
+        return self.compute(each, **tensors)
+
     def shown(self):
         """Return x, mu and logvar in hand, three tensors."""
         values = self.script("return shown()")
@@ -241,6 +319,7 @@ class Page:
             for name in ("picture", "cloud", "together")
         }
 
+    # ---- Seeing and hearing ----------------------------------------------------------
     def text(self, name):
         """Return the text of the element with this id."""
         return self.script(
@@ -266,6 +345,32 @@ class Page:
             return pieces.join("\\n");"""
         )
 
+    def all_words(self):
+        """Return all words, in sight or not, with those for who does not see."""
+        return self.script(
+            """const words = [document.title];
+            for (const each of document.querySelectorAll("*:not(script, style)")) {
+                for (const name of ["aria-label", "title", "alt"]) {
+                    words.push(each.getAttribute(name) ?? "");
+                }
+                for (const child of each.childNodes) {
+                    if (child.nodeType === Node.TEXT_NODE) words.push(child.data);
+                }
+            }
+            return words.join(" ").replace(/\\s+/g, " ");"""
+        )
+
+    def contrasts(self):
+        """Return how much each piece of text stands out: {text: ratio from 1 to 21}."""
+        return self.script(CONTRASTS)
+
+    def ground(self):
+        """Return how light the page's ground is, from 0 to 255."""
+        colour = self.script(
+            "return getComputedStyle(document.documentElement).backgroundColor"
+        )
+        return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
     def pixels(self, name):
         """Return the pixels of a canvas, from 0 to 255: (height, width, 4)."""
         width, height, text = self.script(
@@ -277,7 +382,7 @@ class Page:
         )
         return from_text(text, torch.uint8).view(height, width, 4).float()
 
-    def strip(self, name):
+    def small_pictures(self, name):
         """Return the small pictures of a row, from 0 to 1: (count, PIXELS)."""
         texts = self.script(
             """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map(
@@ -289,20 +394,31 @@ class Page:
         return pixels.view(len(texts), -1, 4)[..., 0].float() / 255
 
     def image(self, name):
-        """Return the grey picture of a canvas, from 0 to 1: (PIXELS,) of SIDE x SIDE.
+        """Return the grey picture of a canvas, from 0 to 1: (PIXELS,).
 
         A larger canvas shows each pixel as a square: its middle is taken.
         """
         grey = self.pixels(name)[..., 0] / 255
-        step = grey.shape[0] // 28
+        step = len(grey) // SIDE
         return grey[step // 2 :: step, step // 2 :: step].flatten()
 
     def ink(self):
         """Return how much ink there is on the pad, from 0 to 1: (height, width)."""
         return self.pixels("pad")[..., 3] / 255
 
+    def listen(self):
+        """Begin to count how often something is said to a person who does not see."""
+        self.script(
+            """window.sayings = 0;
+            for (const each of document.querySelectorAll("[aria-live]")) {
+                new MutationObserver(() => sayings++).observe(
+                    each, { childList: true, characterData: true, subtree: true });
+            }"""
+        )
+
     def heard(self):
-        """Return what is said to a person who does not see, after it has been said."""
+        """Wait until nothing more is said; return what was said last, and how often
+        something was said since this was last asked."""
         return self.wait(
             """const live = () => [...document.querySelectorAll("[aria-live]")]
                 .map(each => each.textContent).join(" ").trim();
@@ -311,7 +427,39 @@ class Page:
                 await seconds(0.1);
                 if (live() !== last) [last, quiet] = [live(), 0];
             }
-            return last;"""
+            const count = window.sayings;
+            window.sayings = 0;
+            return [last, count];"""
+        )
+
+    def refused(self):
+        """Try to load something by fetch, as a picture and as a script; return of which
+        kinds the page's own policy has refused it."""
+        refused = self.wait(
+            """const refused = [], away = "http://127.0.0.1:9/";
+            document.addEventListener("securitypolicyviolation",
+                event => refused.push(event.effectiveDirective));
+            await fetch(away).catch(() => 0);
+            new Image().src = away;
+            const script = document.createElement("script");
+            script.src = away;
+            document.head.append(script);
+            await seconds(0.1);
+            script.remove();
+            return refused;"""
+        )
+        self.errors()  # they tell of what was refused
+        return {each.partition("-src")[0] for each in refused}
+
+    def buttons(self, within="page"):
+        """Return the buttons within an element that can be pressed: ids, or else what
+        is written on them."""
+        return self.script(
+            """const buttons = document.querySelectorAll(`#${arguments[0]} button`);
+            return [...buttons].filter(each =>
+                !each.disabled && each.checkVisibility({ visibilityProperty: true })
+            ).map(each => each.id || each.textContent);""",
+            within,
         )
 
     def names(self):
@@ -398,10 +546,15 @@ class Page:
         return {"x": left + width * place[0], "y": top + height * place[1]}
 
     def press(self, *names):
-        """Press buttons with the mouse, one after another; return the page."""
+        """Press buttons with the mouse, one after another; return the page.
+
+        A button is named by its id, or by what is written on it.
+        """
         for name in names:
             x, y, hindrance = self.script(
-                """const button = document.getElementById(arguments[0]);
+                """const named = document.getElementById(arguments[0]);
+                const button = named ?? [...document.querySelectorAll("button")]
+                    .find(each => each.textContent === arguments[0]);
                 if (!button) return [0, 0, "there is none"];
                 button.scrollIntoView({ block: "nearest" });
                 const box = button.getBoundingClientRect();
@@ -466,6 +619,10 @@ class Page:
         self.mouse(("mouseMoved", self.at(name, place)), button="none")
         self.frame()
 
+    def open_symbols(self):
+        """Open what is folded; reset() folds it again."""
+        self.script("document.querySelector('details').open = true")
+
     def move_away(self):
         """Move the mouse into the window's corner."""
         self.mouse(("mouseMoved", {"x": 1, "y": 1}), button="none")
@@ -484,7 +641,9 @@ class Page:
             common |= KEYS.get(key, {})
             text = {"text": key} if len(key) == 1 else {}
             text = {"text": "\r"} if key == "Enter" else text
-            commands.append(("Input.dispatchKeyEvent", common | {"type": "keyDown"} | text))
+            commands.append(
+                ("Input.dispatchKeyEvent", common | {"type": "keyDown"} | text)
+            )
             commands.append(("Input.dispatchKeyEvent", common | {"type": "keyUp"}))
         self.send(*commands)
 
