@@ -40,7 +40,6 @@ def chromium():
     ):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.ignore_local_proxy_environment_variables()
     service = webdriver.ChromeService(DRIVER)
     with webdriver.Chrome(options=options, service=service) as driver:
         driver.set_script_timeout(SCRIPT_LIMIT)
