@@ -257,17 +257,17 @@ def test_a_class_button_takes_the_next_digit_of_its_class(page, run):
     for c in range(10):
         of_class = x[c::10]
         taken = []
-        for _ in range(3):
+        for _ in range(2):
             page.press(f"class-{c}")
             same = (of_class - page.shown()[0]).abs().amax(dim=1) < 1e-3
             assert same.any(), f"x is no held-out {c} that the page holds"
             taken.append(same.nonzero()[0].item())
-        expected = [(taken[0] + k) % len(of_class) for k in range(3)]
+        expected = [(taken[0] + k) % len(of_class) for k in range(2)]
         assert taken == expected, f"expected the {c}s number {expected}, not {taken}"
 
 
 def test_a_digit_in_hand_is_on_the_pad_encoded_and_redrawn(page, run):
-    for c in range(10):
+    for c in (0, 3, 5, 9):
         page.press(f"class-{c}").frame()
 
         x, mu, logvar = page.shown()
@@ -682,7 +682,7 @@ def test_keys_move_and_widen_the_cloud(page, run):
         page.frame()
 
 
-@pytest.mark.parametrize("c", [0, 4, 7])
+@pytest.mark.parametrize("c", [0, 7])
 def test_costs_are_those_of_pytorch_against_the_encoder_s_choice(opened, any_run, c):
     """In nats, weighted by beta, for a cloud about as wide as the encoder's."""
     run, path = any_run
@@ -732,7 +732,7 @@ def roll(page):
     raise AssertionError("the cloud has not rolled anywhere in 3,000 frames")
 
 
-@pytest.mark.parametrize("c", [0, 5, 8])
+@pytest.mark.parametrize("c", [0, 5])
 def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(page, run, c):
     """From a cloud that is moved and widened, so that both have a way to go."""
     x, _, _, _ = hold_cloud(page, run, c)
@@ -772,7 +772,7 @@ def test_a_cloud_is_seen_to_roll_and_stops_when_anything_is_done(page, run, what
     assert not page.wait(moving), f"the cloud rolls on after {what}"
 
 
-@pytest.mark.parametrize("c", [0, 1, 4])
+@pytest.mark.parametrize("c", [0, 4])
 def test_the_glow_lies_where_the_digit_is_explained_best(page, run, c):
     """Where p(z|x) is greatest, by PyTorch on a fine grid, within two cells."""
     x, mu, _, place = hold_cloud(page, run, c)
@@ -875,38 +875,6 @@ def test_keys_go_from_cloud_to_cloud_and_enter_takes_one(page, run):
     expect_picture(page.shown()[0], seen, "x after Enter")
 
 
-# ---- Two models ----------------------------------------------------------------------
-def test_a_switch_shows_the_model_beside_and_its_clouds(
-    opened, pair_page, run, far_run
-):
-    page = opened(pair_page)
-    x, _ = held_by(run)
-    page.press("class-2", "step-4").frame()
-    first, second = page.buttons(within="switch")
-
-    for name, each in ((first, run), (second, far_run), (first, run)):
-        page.press(name).frame()
-        k = near_the_middle(each)[0]
-        _, mu = held_by(each)
-        page.hover("map", on_map(each, mu[k]))
-
-        expect_picture(page.image("pad"), x[k], f"the pad at a cloud of {name!r}")
-        expected = torch.cat(each.model.encode(x[k : k + 1]), dim=1)
-        got = page.encode(x[k : k + 1])
-        expect_numbers(got, expected, f"code by {name!r}", atol=1e-3, rtol=1e-3)
-        page.move_away()
-
-
-def test_alone_no_word_is_said_of_another_model(page):
-    another = re.compile(r"\b(two|other|another|second|beside)\b.*model", re.IGNORECASE)
-    for step in STEPS:
-        page.press(step).frame()
-
-        found = another.search(page.words())
-        assert not found, f"{step}: it says {found[0]!r}"
-        assert not page.buttons(within="switch"), f"{step}: there is a switch"
-
-
 # ---- Dream ---------------------------------------------------------------------------
 def test_dreams_are_drawn_from_the_standard_normal_distribution(page):
     """120 dreams, two numbers each: the bounds are five standard errors."""
@@ -1004,188 +972,6 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
         .min()
     )
     assert off < 0.01, "what is redrawn at the end is not in the row of dreams"
-
-
-# ---- Any run's page ------------------------------------------------------------------
-def test_a_model_of_far_out_codes_has_a_map_that_holds_them(opened, far_page, far_run):
-    page = opened(far_page)
-    x, mu = held_by(far_run)
-    assert (mu.abs().amax(dim=1) > 4).float().mean() > 0.2, "no code is far out"
-    seen = (mu.abs().amax(dim=1) < far_run.extent).float().mean().item()
-    assert seen > 0.97, f"{seen:.0%} of the codes are on the map"
-    assert (span(page) > 1.98 * far_run.extent).all(), f"the map shows {span(page)}"
-
-    page.press("step-4").frame()
-    for k in (mu.abs().amax(dim=1) > 4).nonzero().flatten().tolist()[:40:10]:
-        if mu[k].abs().max() < far_run.extent:
-            page.hover("map", on_map(far_run, mu[k]))
-            expect_picture(page.image("pad"), x[k], "the pad at a cloud far out")
-
-
-CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
-CLOTHES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-
-
-def test_of_another_data_set_no_word_of_digits_is_said(opened, folders, run):
-    """With the digits in place of its pictures, and the names of its classes."""
-    other = copy.copy(run)
-    other.settings = dataclasses.replace(run.settings, dataset="FashionMNIST")
-    other.dataset = copy.copy(run.dataset)
-    other.dataset.classes = CLOTHES
-    page = opened(write_page(folders(), other))
-    of_digits = re.compile(
-        r".{30}(digit|handwrit|wrote|\bMNIST|\b\ds\b).{30}", re.IGNORECASE
-    )
-
-    page.press("class-3")
-    page.open_symbols()
-    for step in STEPS:
-        page.press(step).frame()
-        words = page.all_words()
-        found = of_digits.search(f"{'':30}{words}{'':30}")
-        assert not found, f"{step}: it says {found[0]!r}"
-        for name in ("FashionMNIST", "dress", "ankle boot"):
-            assert name in words, f"{step}: no word of {name}"
-
-
-def test_the_page_weighs_less_than_5_mb(main_page):
-    size = main_page.stat().st_size
-    assert size < 5e6, f"the page has {size:,} bytes"
-
-
-def test_nothing_of_its_author_s_machine_is_in_the_page(folders, run, main_page):
-    """The same model in another folder gives the same page, and no value is a path."""
-    elsewhere = run_of(folders(), run, run.model)
-    assert write_page(folders(), elsewhere).read_text() == main_page.read_text()
-
-    data = data_of(main_page.read_text())
-    for each in data["models"]:
-        values = map(str, each["settings"].values())
-        paths = [value for value in values if "/" in value or "\\" in value]
-        assert not paths, f"among the settings there is {paths}"
-
-
-def test_the_page_asks_for_no_file_and_may_not(page):
-    asked = page.script(
-        "return performance.getEntriesByType('resource').map(each => each.name)"
-    )
-    others = [name for name in asked if not name.startswith("data:")]
-    assert not others, f"it has asked for {others}"
-
-    refused = page.refused()
-
-    assert refused == {"connect", "img", "script"}, f"refused are only {refused}"
-
-
-# ---- No page -------------------------------------------------------------------------
-def no_model(run):
-    """Return the page without a model: the template."""
-    return TEMPLATE.read_text()
-
-
-def another_decoder(run):
-    """Return the page of a model whose decoder has tanh in place of ReLU."""
-    other = copy.copy(run)
-    other.model = model = copy.deepcopy(run.model)
-    model.decode = lambda z: torch.sigmoid(
-        model.decoder_pixels(torch.tanh(model.decoder_hidden(z)))
-    )
-    return gallery.draw_page(other)
-
-
-def another_encoder(run):
-    """Return the page of a model whose encoder adds a half to each mu."""
-    other = copy.copy(run)
-    other.mu = run.mu + 0.5
-    return gallery.draw_page(other)
-
-
-def another_loss(run):
-    """Return the page of a run that has learned with squared errors."""
-
-    def loss_terms(recon_x, x, mu, logvar, beta):
-        error = (recon_x - x).pow(2).sum()
-        kld = quest_loss_terms(recon_x, x, mu, logvar)[2]
-        return error + beta * kld, error, kld
-
-    quest_loss_terms = quest.loss_terms
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quest, "loss_terms", loss_terms)
-        return gallery.draw_page(run)
-
-
-def refilled(run, change):
-    """Return the page of a run after change(tensors), the packed ones of its model."""
-    data = data_of(gallery.draw_page(run))
-    change(data["models"][0]["tensors"])
-    before, after = TEMPLATE.read_text().split(gallery.SLOT)
-    return before + gallery.SLOT.replace("></", f">{json.dumps(data)}</") + after
-
-
-def not_a_number(run):
-    """Return the page of a model with NaN for one bias."""
-    name = "decoder_pixels.bias"
-    bias = run.model.state_dict()[name].clone()
-    bias[400] = math.nan
-    return refilled(run, lambda tensors: tensors.update({name: gallery.encoded(bias)}))
-
-
-def missing_tensor(run):
-    """Return the page of a model without the biases of a layer."""
-    return refilled(run, lambda tensors: tensors.pop("encoder_hidden.bias"))
-
-
-def cut_short(run):
-    """Return the first half of a page."""
-    text = gallery.draw_page(run)
-    return text[: len(text) // 2]
-
-
-def strict_policy(run):
-    """Return a page that may not run its own script."""
-    text = gallery.draw_page(run)
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
-    assert policy, "the page has no policy"
-    return text.replace(policy[1], "default-src 'none'")
-
-
-NO_PAGE = {  # and what is said then
-    no_model: "python -m dreams.gallery",
-    another_decoder: "the model in it is another",
-    another_encoder: "the model in it is another",
-    another_loss: "the model in it is another",
-    not_a_number: "the model in it is another",
-    missing_tensor: "the model in it is another",
-    cut_short: "the end of its file",
-    strict_policy: "lacks JavaScript",
-}
-
-
-def expect_a_sentence(words, said):
-    """Expect that what is in sight is a sentence or two, and says that."""
-    line = " ".join(words.split())
-    assert said in line, f"expected {said!r} to be told, not {line[:1000]!r}"
-    assert len(line.split()) < 40, f"there is more in sight: {line[:1000]!r}"
-
-
-@pytest.mark.parametrize("kind", NO_PAGE, ids=lambda kind: kind.__name__)
-def test_what_the_page_cannot_compute_it_says_in_its_place(browser, run, folders, kind):
-    path = folders() / "page.html"
-    path.write_text(kind(run))
-
-    words = browser.load(path)
-
-    expect_a_sentence(words, NO_PAGE[kind])
-
-
-def test_without_javascript_the_page_says_so(browser, main_page):
-    browser.set_script(allowed=False)
-    browser.driver.get(main_page.as_uri())
-    words = browser.driver.find_element("tag name", "body").text
-    browser.set_script(allowed=True)
-    browser.path = None  # to be loaded anew
-
-    expect_a_sentence(words, "lacks JavaScript")
 
 
 # ---- Everyone ------------------------------------------------------------------------
@@ -1362,7 +1148,7 @@ def test_words_stand_out_from_their_ground(page, scheme):
     assert light == (scheme == "light"), f"the ground is {page.ground():.0f} of 255"
 
 
-@pytest.mark.parametrize("sharp", [1, 2, 3])
+@pytest.mark.parametrize("sharp", [1, 2])
 def test_the_map_has_a_pixel_for_each_of_the_screen_s(opened, main_page, sharp):
     page = opened(main_page)
     page.set_size(1200, 900, sharp)
@@ -1399,15 +1185,14 @@ def random_act(page, chance):
         page.finger(chance.choice(["End", "Cancel"]))
 
 
-@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_error_in_50_random_acts(page, run, seed, motion):
+@pytest.mark.parametrize(("seed", "motion"), [(0, "reduce"), (1, "no-preference")])
+def test_no_error_in_80_random_acts(page, run, seed, motion):
     """In a small window, so that drawing takes little time."""
     chance = random.Random(seed)
     page.set_size(844, 390)
     page.set_media(motion=motion)
 
-    for _ in range(50):
+    for _ in range(80):
         random_act(page, chance)
 
     page.set_media()
@@ -1415,3 +1200,217 @@ def test_no_error_in_50_random_acts(page, run, seed, motion):
     x, mu, logvar = page.shown()
     expected = torch.cat(run.model.encode(x[None]))
     expect_numbers(torch.stack((mu, logvar)), expected, "code", atol=1e-3, rtol=0)
+
+
+# ---- One file ------------------------------------------------------------------------
+def test_the_page_weighs_less_than_5_mb(main_page):
+    size = main_page.stat().st_size
+    assert size < 5e6, f"the page has {size:,} bytes"
+
+
+def test_nothing_of_its_author_s_machine_is_in_the_page(folders, run, main_page):
+    """The same model in another folder gives the same page, and no value is a path."""
+    elsewhere = run_of(folders(), run, run.model)
+    assert write_page(folders(), elsewhere).read_text() == main_page.read_text()
+
+    data = data_of(main_page.read_text())
+    for each in data["models"]:
+        values = map(str, each["settings"].values())
+        paths = [value for value in values if "/" in value or "\\" in value]
+        assert not paths, f"among the settings there is {paths}"
+
+
+def test_the_page_asks_for_no_file_and_may_not(page):
+    asked = page.script(
+        "return performance.getEntriesByType('resource').map(each => each.name)"
+    )
+    others = [name for name in asked if not name.startswith("data:")]
+    assert not others, f"it has asked for {others}"
+
+    refused = page.refused()
+
+    assert refused == {"connect", "img", "script"}, f"refused are only {refused}"
+
+
+# ---- Any run's page ------------------------------------------------------------------
+def test_a_model_of_far_out_codes_has_a_map_that_holds_them(opened, far_page, far_run):
+    page = opened(far_page)
+    x, mu = held_by(far_run)
+    assert (mu.abs().amax(dim=1) > 4).float().mean() > 0.2, "no code is far out"
+    seen = (mu.abs().amax(dim=1) < far_run.extent).float().mean().item()
+    assert seen > 0.97, f"{seen:.0%} of the codes are on the map"
+    assert (span(page) > 1.98 * far_run.extent).all(), f"the map shows {span(page)}"
+
+    page.press("step-4").frame()
+    for k in (mu.abs().amax(dim=1) > 4).nonzero().flatten().tolist()[:40:10]:
+        if mu[k].abs().max() < far_run.extent:
+            page.hover("map", on_map(far_run, mu[k]))
+            expect_picture(page.image("pad"), x[k], "the pad at a cloud far out")
+
+
+CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
+CLOTHES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def test_of_another_data_set_no_word_of_digits_is_said(opened, folders, run):
+    """With the digits in place of its pictures, and the names of its classes."""
+    other = copy.copy(run)
+    other.settings = dataclasses.replace(run.settings, dataset="FashionMNIST")
+    other.dataset = copy.copy(run.dataset)
+    other.dataset.classes = CLOTHES
+    page = opened(write_page(folders(), other))
+    of_digits = re.compile(
+        r".{30}(digit|handwrit|wrote|\bMNIST|\b\ds\b).{30}", re.IGNORECASE
+    )
+
+    page.press("class-3")
+    page.open_symbols()
+    for step in STEPS:
+        page.press(step).frame()
+        words = page.all_words()
+        found = of_digits.search(f"{'':30}{words}{'':30}")
+        assert not found, f"{step}: it says {found[0]!r}"
+        for name in ("FashionMNIST", "dress", "ankle boot"):
+            assert name in words, f"{step}: no word of {name}"
+
+
+def test_alone_no_word_is_said_of_another_model(page):
+    another = re.compile(r"\b(two|other|another|second|beside)\b.*model", re.IGNORECASE)
+    for step in STEPS:
+        page.press(step).frame()
+
+        found = another.search(page.words())
+        assert not found, f"{step}: it says {found[0]!r}"
+        assert not page.buttons(within="switch"), f"{step}: there is a switch"
+
+
+def test_a_switch_shows_the_model_beside_and_its_clouds(
+    opened, pair_page, run, far_run
+):
+    page = opened(pair_page)
+    x, _ = held_by(run)
+    page.press("class-2", "step-4").frame()
+    first, second = page.buttons(within="switch")
+
+    for name, each in ((first, run), (second, far_run), (first, run)):
+        page.press(name).frame()
+        k = near_the_middle(each)[0]
+        _, mu = held_by(each)
+        page.hover("map", on_map(each, mu[k]))
+
+        expect_picture(page.image("pad"), x[k], f"the pad at a cloud of {name!r}")
+        expected = torch.cat(each.model.encode(x[k : k + 1]), dim=1)
+        got = page.encode(x[k : k + 1])
+        expect_numbers(got, expected, f"code by {name!r}", atol=1e-3, rtol=1e-3)
+        page.move_away()
+
+
+# ---- No page -------------------------------------------------------------------------
+def no_model(run):
+    """Return the page without a model: the template."""
+    return TEMPLATE.read_text()
+
+
+def another_decoder(run):
+    """Return the page of a model whose decoder has tanh in place of ReLU."""
+    other = copy.copy(run)
+    other.model = model = copy.deepcopy(run.model)
+    model.decode = lambda z: torch.sigmoid(
+        model.decoder_pixels(torch.tanh(model.decoder_hidden(z)))
+    )
+    return gallery.draw_page(other)
+
+
+def another_encoder(run):
+    """Return the page of a model whose encoder adds a half to each mu."""
+    other = copy.copy(run)
+    other.mu = run.mu + 0.5
+    return gallery.draw_page(other)
+
+
+def another_loss(run):
+    """Return the page of a run that has learned with squared errors."""
+
+    def loss_terms(recon_x, x, mu, logvar, beta):
+        error = (recon_x - x).pow(2).sum()
+        kld = quest_loss_terms(recon_x, x, mu, logvar)[2]
+        return error + beta * kld, error, kld
+
+    quest_loss_terms = quest.loss_terms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quest, "loss_terms", loss_terms)
+        return gallery.draw_page(run)
+
+
+def refilled(run, change):
+    """Return the page of a run after change(tensors), the packed ones of its model."""
+    data = data_of(gallery.draw_page(run))
+    change(data["models"][0]["tensors"])
+    before, after = TEMPLATE.read_text().split(gallery.SLOT)
+    return before + gallery.SLOT.replace("></", f">{json.dumps(data)}</") + after
+
+
+def not_a_number(run):
+    """Return the page of a model with NaN for one bias."""
+    name = "decoder_pixels.bias"
+    bias = run.model.state_dict()[name].clone()
+    bias[400] = math.nan
+    return refilled(run, lambda tensors: tensors.update({name: gallery.encoded(bias)}))
+
+
+def missing_tensor(run):
+    """Return the page of a model without the biases of a layer."""
+    return refilled(run, lambda tensors: tensors.pop("encoder_hidden.bias"))
+
+
+def cut_short(run):
+    """Return the first half of a page."""
+    text = gallery.draw_page(run)
+    return text[: len(text) // 2]
+
+
+def strict_policy(run):
+    """Return a page that may not run its own script."""
+    text = gallery.draw_page(run)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy, "the page has no policy"
+    return text.replace(policy[1], "default-src 'none'")
+
+
+NO_PAGE = {  # and what is said then
+    no_model: "python -m dreams.gallery",
+    another_decoder: "the model in it is another",
+    another_encoder: "the model in it is another",
+    another_loss: "the model in it is another",
+    not_a_number: "the model in it is another",
+    missing_tensor: "the model in it is another",
+    cut_short: "the end of its file",
+    strict_policy: "lacks JavaScript",
+}
+
+
+def expect_a_sentence(words, said):
+    """Expect that what is in sight is a sentence or two, and says that."""
+    line = " ".join(words.split())
+    assert said in line, f"expected {said!r} to be told, not {line[:1000]!r}"
+    assert len(line.split()) < 40, f"there is more in sight: {line[:1000]!r}"
+
+
+@pytest.mark.parametrize("kind", NO_PAGE, ids=lambda kind: kind.__name__)
+def test_what_the_page_cannot_compute_it_says_in_its_place(browser, run, folders, kind):
+    path = folders() / "page.html"
+    path.write_text(kind(run))
+
+    words = browser.load(path)
+
+    expect_a_sentence(words, NO_PAGE[kind])
+
+
+def test_without_javascript_the_page_says_so(browser, main_page):
+    browser.set_script(allowed=False)
+    browser.driver.get(main_page.as_uri())
+    words = browser.driver.find_element("tag name", "body").text
+    browser.set_script(allowed=True)
+    browser.path = None  # to be loaded anew
+
+    expect_a_sentence(words, "lacks JavaScript")
