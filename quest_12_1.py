@@ -7,7 +7,7 @@
 The decoder is a model of how an image arises. A point z of a plane is drawn from the
 standard normal distribution, N(0, I). The decoder maps it to a probability of white for
 each pixel, p(x|z). The probability of an image x, p(x), is the average of p(x|z) over
-all z, which is dear to compute. So the encoder proposes the z that matter for x: it
+all z, which is costly to compute. So the encoder proposes the z that matter for x: it
 maps x to a Gaussian q(z|x), a small cloud in the plane. Training raises a lower bound
 of log p(x) that needs only this cloud: the evidence lower bound (ELBO) of Kingma &
 Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114.
@@ -16,9 +16,9 @@ A whole cloud has to decode to its image, so neighbours look alike. The bound al
 the clouds where N(0, I) has its mass, so points drawn from it decode to new digits: the
 dreams.
 
-The loss is the negative bound, in nats: units of the natural logarithm. After ten
-epochs it is 153 to 156 for a held-out image, depending on the seed. An image of 0.5 for
-every pixel costs 543. Training takes 2 to 3 s on an NVIDIA H100.
+The loss estimates the negative bound, in nats: units of the natural logarithm. After
+ten epochs it is 153 to 156 for a held-out image, depending on the seed. An image of 0.5
+for every pixel costs 543. Training takes 2 to 3 s on an NVIDIA H100.
 
 Reads data/MNIST. Writes dreams/dream_sample.png, a grid of 64 dreams, and
 dreams/dream_model.pt, the model, which `python -m dreams.gallery` draws.
@@ -75,14 +75,12 @@ class Settings:
     latent_dim: int = setting(
         2, "numbers in z; 2 make a plane to look at, with 10 the loss is 44 lower"
     )
-    beta: float = setting(1.0, "weight of KLD in the loss, which is -ELBO if it is 1")
+    beta: float = setting(1.0, "weight of KLD in the loss; with 1 the loss is -ELBO")
     epochs: int = setting(
         10, "passes over the training set; after 20 the loss is 3 lower"
     )
     batch_size: int = setting(128, "images per training step")
-    learning_rate: float = setting(
-        1e-3, "Adam's; a step moves a weight by about as much"
-    )
+    learning_rate: float = setting(1e-3, "Adam's: about how far a step moves a weight")
     seed: int = setting(0, "decides the initial weights, batches, noise and dreams")
     samples: int = setting(64, "dreams in dream_sample.png")
 
@@ -186,14 +184,19 @@ class VAE(nn.Module):
 
 
 # ---- Loss, in nats (1 nat is 1.44 bits) ----------------------------------------------
+# Two assumptions make sums of all that follows: given z, the pixels are independent;
+# the numbers of z are independent in q(z|x).
+#
 # By Bayes' rule, log p(x) = log p(x|z) + log p(z) - log p(z|x) for every z. Take the
 # mean over z from q(z|x), with log q(z|x) added and subtracted:
 #
 #     log p(x) = mean of log p(x|z) - KL(q(z|x) || p(z)) + KL(q(z|x) || p(z|x)).
 #
-# The last term is a divergence, which is never negative. Without it, what remains is a
-# lower bound of log p(x), the ELBO: minus BCE, which needs one z, and minus KLD, which
-# has a formula. The network learns by raising it.
+# The last term is a divergence, which is never negative. So the rest is a lower bound:
+#
+#     ELBO = mean of log p(x|z) - KL(q(z|x) || N(0, I)) = mean of -BCE - KLD.
+#
+# Raising it makes x more probable to the decoder, or q(z|x) more like p(z|x).
 
 
 def loss_terms(recon_x, x, mu, logvar, beta=Settings.beta):
@@ -208,13 +211,14 @@ def loss_terms(recon_x, x, mu, logvar, beta=Settings.beta):
 
     If each pixel is black or white, this is -log p(x|z), recon_x being the probability
     of white. For grey pixels it is the average over random drawings in which a grey of
-    0.3 is white 3 times in 10. Such a pixel costs 0.61 even if recon_x is 0.3 as well.
-    So a perfect copy costs 46 nats, on average over MNIST's held-out images.
+    0.3 is white 3 times in 10. Such a pixel costs its entropy, 0.61, even if recon_x is
+    0.3 as well. So a perfect copy costs 46 nats, on average over MNIST's held-out
+    images.
 
     KLD, the Kullback-Leibler divergence of q(z|x) from N(0, I), is the sum over the
     numbers in z of
 
-        (mu^2 + variance - 1 - log(variance)) / 2.
+        -(1 + log(variance) - mu^2 - variance) / 2.
 
     It is 0 if mu = logvar = 0, and grows as mu leaves 0 or the variance leaves 1. If it
     were 0 for every x, z would say nothing about x.
@@ -242,7 +246,7 @@ def train_step(model, optimizer, x, beta=Settings.beta):
     optimizer.zero_grad()
     recon_x, mu, logvar = model(x)
     loss = loss_function(recon_x, x, mu, logvar, beta)
-    loss.backward()  # of a sum: Adam divides a gradient by its size, SGD would not
+    loss.backward()  # Adam's step is the same for the sum as for the mean; SGD's is not
     optimizer.step()
     return loss.detach()  # the number, without the record of how it was computed
 
@@ -275,7 +279,10 @@ def evaluate(model, x_test, eps, beta=Settings.beta):
 
 @torch.no_grad()
 def dream(model, z):
-    """Decode z: (N, latent_dim) into images: (N, 1, SIDE, SIDE) in [0, 1]."""
+    """Decode z: (N, latent_dim) into images: (N, 1, SIDE, SIDE) in [0, 1].
+
+    They show the pixels' probabilities of white, and draw no black or white from them.
+    """
     return model.decode(z).view(-1, 1, SIDE, SIDE)
 
 
@@ -310,8 +317,10 @@ def learn(x_train, x_test, settings=Settings(), accelerate=lambda step: step):
     itself, on a GPU one that does the same faster (`CapturedStep`, below).
 
     Returns the model; a list of dreams, (samples, 1, SIDE, SIDE) each, before training
-    and after each epoch; and a list of each epoch's losses, in nats per image. Sets
-    PyTorch's seed. Raises FloatingPointError if a loss or a weight is not finite.
+    and after each epoch; and a list of each epoch's losses, in nats per image. The
+    training loss is an average over the epoch, during which the weights improve. Sets
+    PyTorch's seed, writes progress to standard error. Raises FloatingPointError if a
+    loss or a weight is not finite.
     """
     torch.manual_seed(settings.seed)
     device = x_train.device
@@ -341,8 +350,10 @@ def learn(x_train, x_test, settings=Settings(), accelerate=lambda step: step):
     losses = []
     for epoch in range(1, settings.epochs + 1):
         tag = f"Epoch {epoch}/{settings.epochs}"
-        model.train()
-        train_loss = train_epoch(accelerate(step), tqdm(train_loader, tag, leave=False))
+        model.train()  # as dropout would need it, which this model has not
+        fast_step = accelerate(step)
+        progress_bar = tqdm(train_loader, tag, leave=False)
+        train_loss = train_epoch(fast_step, progress_bar)
 
         model.eval()
         held_out, bce, kld = evaluate(model, x_test, eps, settings.beta)
@@ -366,12 +377,12 @@ def learn(x_train, x_test, settings=Settings(), accelerate=lambda step: step):
 
 # ---- A faster step on CUDA -----------------------------------------------------------
 class CapturedStep:
-    """Do what step(x) does, on a CUDA GPU, recorded as a CUDA graph and replayed.
+    """Do what step(x) does on a CUDA GPU, faster: record a CUDA graph and replay it.
 
     A CUDA graph is a list of operations that the GPU starts as a whole. A training step
-    has 76 short ones. An H100 computes them in 0.3 ms, but starting them one by one
-    takes the host's CPU 1.9 ms. A replay does them to the batch that it is given, draws
-    new noise as step(x) would, and leaves the same bits.
+    has some 76 short ones. An H100 computes them in 0.3 ms, but starting them one by
+    one takes the host's CPU 1.9 ms. A replay does them to the batch that it is given,
+    draws new noise as step(x) would, and leaves the same bits.
 
     The first batch and a smaller last one are not replayed: step(x) is called. In a
     replay no Python runs, so a number that Python changes while an epoch runs, as a
@@ -399,7 +410,7 @@ class CapturedStep:
             self.record()
         self.x.copy_(x)
         self.graph.replay()
-        return self.loss.clone()  # which the next replay does not overwrite
+        return self.loss.clone()  # a copy, since the next replay overwrites the loss
 
     def record(self):
         """Record the step without doing it."""
@@ -417,9 +428,9 @@ class CapturedStep:
 
 @functools.cache
 def capture_stream(device):
-    """Return the stream, a queue of the GPU's work, on which its steps are recorded.
+    """Return the stream, a queue of work, on which this GPU's steps are recorded.
 
-    It is one for the whole process, since PyTorch keeps memory for each stream in use.
+    It is one for each GPU, since PyTorch keeps memory for each stream in use.
     """
     return torch.cuda.Stream(device)
 
@@ -440,7 +451,7 @@ def open_device(name):
         trial = torch.zeros(1, device=name)
         trial.item()  # waits until the device has done it
         if trial.is_cuda:
-            torch.cuda.set_device(trial.device)  # so that GPU 0 is left alone
+            torch.cuda.set_device(trial.device)  # else some calls would open GPU 0 too
         return trial.device
     except Exception as error:  # PyTorch raises many kinds
         raise JobError(
@@ -482,14 +493,14 @@ def save_files(folder, contents):
     return [str(Path(folder, name)) for name in contents]
 
 
-def png_of(images):
+def png_bytes(images):
     """Return a grid of images: (N, 1, H, W) in [0, 1], as the bytes of a PNG file."""
     buffer = io.BytesIO()
     save_image(images, buffer, format="png")
     return buffer.getvalue()
 
 
-def model_file(settings, model, dreams, losses):
+def model_bytes(settings, model, dreams, losses):
     """Return the bytes of a file that torch.load opens: all that a run has made."""
     saved = {
         "settings": dataclasses.asdict(settings),
@@ -521,8 +532,8 @@ def run_job(settings, device_name, folder):
     files = save_files(
         folder,
         {
-            "dream_sample.png": png_of(sample),
-            "dream_model.pt": model_file(settings, model, dreams, losses),
+            "dream_sample.png": png_bytes(sample),
+            "dream_model.pt": model_bytes(settings, model, dreams, losses),
         },
     )
     last = losses[-1]
@@ -575,7 +586,7 @@ def parse(argv):
         parser.error(str(error))
 
 
-def is_of_the_gpu(error):
+def is_gpu_failure(error):
     """Tell a GPU that is full or lost from a bug, which keeps its traceback."""
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return True
@@ -594,7 +605,7 @@ def main(argv=None):
     except (JobError, FloatingPointError) as error:
         result = {"success": False, "message": str(error)}
     except RuntimeError as error:
-        if not is_of_the_gpu(error):
+        if not is_gpu_failure(error):
             raise
         result = {"success": False, "message": first_line(error)}
 
@@ -609,9 +620,9 @@ def main(argv=None):
 
 
 def run_as_process(main, name):
-    """Exit with the code of main(). Ctrl-C is one line, then the death by its signal.
+    """Exit with the code of main(). After Ctrl-C, say so and die of its signal.
 
-    A shell's loop around this process ends only if the signal ends the process.
+    Only then does a shell's loop around this process end as well.
     """
     try:
         sys.exit(main())
