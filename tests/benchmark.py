@@ -38,7 +38,7 @@ TRAINING = COLUMNS.index("training, s")
 
 # ---- The textbook --------------------------------------------------------------------
 class PlainVAE(nn.Module):
-    """The recipe's network, with the project's names, so that weights can be compared."""
+    """The recipe's network, with the project's names, so that weights compare."""
 
     def __init__(self, pixels=784, hidden=400, latent_dim=2):
         super().__init__()

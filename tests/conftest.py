@@ -25,11 +25,9 @@ from harness import (
     run_gallery,
     run_script,
     write_data,
-    write_template,
 )
 
 import quest_12_1 as quest
-from dreams import gallery
 
 FEW = 2000  # digits of a small run; the page shows 100 of each class
 
@@ -43,15 +41,11 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def fresh_state(monkeypatch, tmp_path_factory):
-    """Begin each test with the same seed, one thread, denormals, and a template."""
+def fresh_state():
+    """Begin each test with the same seed, with one thread, and with denormals."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
-
-    template = tmp_path_factory.getbasetemp() / "plane.html"
-    write_template(template)
-    monkeypatch.setattr(gallery, "TEMPLATE", template)
 
 
 # ---- Digits --------------------------------------------------------------------------
@@ -70,7 +64,7 @@ def digits(held_out):
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
-    """A data folder like the clone's, with FEW digits for training and the same again."""
+    """A folder like the clone's data, with FEW digits to train on and hold out."""
     root = tmp_path_factory.mktemp("few")
     images = read_idx(MNIST / "t10k-images-idx3-ubyte")[:FEW]
     labels = read_idx(MNIST / "t10k-labels-idx1-ubyte")[:FEW]

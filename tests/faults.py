@@ -9,10 +9,10 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import PIL.Image
 import torch
-import torchvision
 
 
 # ---- The process is stopped ----------------------------------------------------------
@@ -37,8 +37,14 @@ def listen_to_ctrl_c():
 
 
 def ctrl_c_before_training():
+    """When the training images are opened."""
     listen_to_ctrl_c()
-    torchvision.transforms.ToTensor.__call__ = end_itself(signal.SIGINT)
+
+    def interrupt(event, arguments):
+        if event == "open" and "train-images" in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sys.addaudithook(interrupt)
 
 
 def ctrl_c_in_training():
@@ -49,6 +55,24 @@ def ctrl_c_in_training():
 def ctrl_c_in_saving():
     listen_to_ctrl_c()
     os.replace = end_itself(signal.SIGINT)
+
+
+# ---- The GPU ------------------------------------------------------------------------
+def little_gpu_memory():
+    """Leave this process a few hundred MB of the GPU."""
+    torch.cuda.set_per_process_memory_fraction(0.003)
+
+
+def step_that_waits():
+    """Let each training step read a number from the GPU."""
+    take_step = torch.optim.Adam.step
+
+    def reading_step(self, *arguments):
+        result = take_step(self, *arguments)
+        self.param_groups[0]["params"][0].sum().item()
+        return result
+
+    torch.optim.Adam.step = reading_step
 
 
 # ---- The files -----------------------------------------------------------------------
@@ -92,6 +116,16 @@ def no_network():
     sys.addaudithook(forbid)
 
 
+def no_data():
+    """End the process when it opens a file of the data."""
+
+    def forbid(event, arguments):
+        if event == "open" and "data" in Path(str(arguments[0])).parts:
+            sys.exit(f"opened {arguments[0]}")
+
+    sys.addaudithook(forbid)
+
+
 def read_only_and_no_network():
     give_up_privileges()
     no_network()
@@ -107,6 +141,7 @@ def denormals_counted():
         torch.optim.Adam.step = take_step
         if (tiny * torch.ones(1)).any():
             sys.exit("denormals are left")
+        torch.set_num_threads(1)  # two threads are slow where others run
         return take_step(self, *arguments)
 
     torch.optim.Adam.step = first_step

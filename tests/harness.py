@@ -1,8 +1,8 @@
 """What the tests share: a clone, programs as real processes, comparisons in words.
 
-A program runs in a process that is forked from a server which has imported PyTorch, since
-a fresh interpreter needs 3 s for that. Everything else about the process is real: it has
-its own folder, arguments, output, signals, limits and exit code.
+A program runs in a process that is forked from a server which has imported PyTorch,
+since a fresh interpreter needs 3 s for that. Everything else about the process is real:
+it has its own folder, arguments, output, signals, limits and exit code.
 
 This module does not import the script, so that a child imports its own clone's.
 """
@@ -69,27 +69,22 @@ def make_clone(folder, data):
     (folder / "dreams").mkdir()
     shutil.copy(SCRIPT, folder)
     shutil.copy(GALLERY, folder / "dreams")
-    write_template(folder / "dreams" / "plane.html")
+    shutil.copy(TEMPLATE, folder / "dreams")
     (folder / "data").symlink_to(data)
     return folder
 
 
-def write_template(path):
-    """Write the page's template to `path`, or the least page that has its slot."""
-    slot = '<script id="run" type="application/json"></script>'
-    text = TEMPLATE.read_text()
-    path.write_text(text if slot in text else f"<!doctype html>{slot}")
-
-
 # ---- Processes -----------------------------------------------------------------------
-def run_script(folder, *arguments, fault=None, threads=1):
-    """Run quest_12_1.py in a process, in the clone `folder`, on the CPU.
+def run_script(folder, *arguments, device="cpu", fault=None, threads=1):
+    """Run quest_12_1.py in a process, in the clone `folder`.
 
+    device: for --device; None for no such option.
     fault: a function that makes something go wrong, called first in that process.
+    threads: of PyTorch's; None for as many as it takes by itself.
     Returns a subprocess.CompletedProcess: returncode, stdout, stderr.
     """
-    job = partial(script_job, ["--device", "cpu", *arguments], fault, threads)
-    return run_job(folder, job)
+    options = ["--device", device] if device else []
+    return run_job(folder, partial(script_job, [*options, *arguments], fault, threads))
 
 
 def run_gallery(folder, *arguments, fault=None):
@@ -122,6 +117,7 @@ def child(folder, job, printed):
 
 
 def script_job(arguments, fault, threads):
+    """What run_script's process does: first the fault, then the script as it is."""
     if threads:
         torch.set_num_threads(threads)  # two processes with two threads each crawl
     if fault:
@@ -131,6 +127,7 @@ def script_job(arguments, fault, threads):
 
 
 def gallery_job(arguments, fault):
+    """What run_gallery's process does: first the fault, then the gallery as it is."""
     torch.set_num_threads(1)
     if fault:
         fault()
@@ -166,7 +163,7 @@ def expect_one_message(result, *parts, program="quest_12_1.py"):
 
 
 def expect_equal(got, expected):
-    """Expect two dicts of tensors to be equal, bit by bit, or tell what differs first."""
+    """Expect two dicts of tensors to be equal bit by bit, or tell what differs."""
     assert got.keys() == expected.keys(), (
         f"expected the names {list(expected)}, not {list(got)}"
     )
@@ -212,7 +209,7 @@ def expect_same_files(folder, before):
     assert not changed, f"changed: {changed}"
 
 
-# ---- Pictures, pages and draws --------------------------------------------------------------
+# ---- Pictures, pages and draws -------------------------------------------------------
 PICTURES = [
     "dream_canvas.png",
     "dream_codes.png",
@@ -230,7 +227,7 @@ def data_of(page):
 
 
 def levels(path, mode="L", frame=0):
-    """Return a picture's levels, from 0 to 255: (H, W), or (H, W, 3) with mode "RGB"."""
+    """Return a picture's levels, 0 to 255: (H, W), or (H, W, 3) with mode "RGB"."""
     with Image.open(path) as image:
         image.seek(frame)
         return levels_of(image, mode)

@@ -2,8 +2,8 @@
 
 CUDA graphs: `let_the_cpu_capture` replaces what the script uses of torch.cuda. Then
 what is recorded takes effect only when it is replayed, in the same memory, as on a GPU.
-Errors are raised where CUDA raises them. What they cannot show: whether a GPU accepts to
-record an operation, which stream's work is recorded, memory pools, time.
+Errors are raised where CUDA raises them. What they cannot show: whether a GPU accepts
+to record an operation, which stream's work is recorded, memory pools, time.
 
 A second device, "far": `use_far_device` makes it known to PyTorch, for the rest of the
 process. As on a GPU, its tensors and the CPU's do not mix, and every crossing between
@@ -32,7 +32,7 @@ def tensors_in(tree):
 
 # ---- CUDA graphs ---------------------------------------------------------------------
 def let_the_cpu_capture(monkeypatch):
-    """Replace CUDA's graphs and streams by the stand-ins, as pytest's monkeypatch does."""
+    """Replace CUDA's graphs and streams by the stand-ins, for one test."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -46,7 +46,7 @@ class Stream:
 
 
 class Graph:
-    """A list of operations. `replay` does them, into the memory they were recorded in."""
+    """A list of operations. `replay` does them, in the memory of the recording."""
 
     def __init__(self):
         self.tape = []
@@ -214,7 +214,7 @@ class Far(TorchDispatchMode):
 
 
 class FarNumbers(TorchFunctionMode):
-    """Lets torch.tensor(..., device="far:0") go through the CPU, as PyTorch's does not."""
+    """Lets torch.tensor(..., device="far:0") go through the CPU."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = named or {}

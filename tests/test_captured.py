@@ -85,8 +85,8 @@ def train(accelerate, x, epochs):
     return told | all_of(model, optimizer) | {"images": x}
 
 
-# Last batches: of 1,000 digits 104, of 640 as many as the others, of 130 two; 128 and 50
-# make a single batch.
+# Last batches: of 1,000 digits 104, of 640 as many as the others, of 130 two; 128 and
+# 50 make a single batch.
 @pytest.mark.parametrize("count", [1000, 640, 130, 128, 50])
 def test_captured_epochs_are_the_same_steps(digits, count):
     epochs = [(1, 1e-3), (1, 1e-3)]
@@ -170,17 +170,19 @@ def test_most_steps_are_replayed(digits, count_replays):
 
 
 def functions_in(error):
-    """The names of the functions in an error's traceback, and in its causes'."""
+    """The names of the functions in an error's traceback, as Python prints it."""
     names = []
     while error is not None:
         place = error.__traceback__
         while place is not None:
             names.append(place.tb_frame.f_code.co_name)
             place = place.tb_next
-        error = error.__cause__ or error.__context__
+        hidden = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or hidden
     return names
 
 
+@ONLY_STAND_IN  # on a GPU the process cannot go on: test_cuda.py has a process for it
 def test_a_step_that_waits_for_the_gpu_is_refused_with_its_line(digits):
     model, optimizer = new_model()
 
@@ -194,7 +196,6 @@ def test_a_step_that_waits_for_the_gpu_is_refused_with_its_line(digits):
         quest.train_epoch(step, digits[:512].to(DEVICE).split(128))
 
     assert "reading_step" in functions_in(caught.value)
-    assert not quest.is_expected(caught.value), "a bug is told without its traceback"
 
 
 def test_a_bug_in_a_step_is_told_as_itself(digits):

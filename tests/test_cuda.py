@@ -1,40 +1,31 @@
-"""What only a GPU can show; skipped where there is none. Takes 3 minutes on an H100.
+"""What only a GPU can show; skipped where there is none.
 
-The job as a user starts it, and the promises that only a GPU can keep or break. Nearly
-all of the time goes into starting Python and PyTorch, 10 s a process.
+The job as a user starts it, and the promises that only a GPU can keep or break.
 """
 
 import json
 import math
 import re
-import subprocess
-import sys
 from functools import partial
 
+import faults
 import pytest
 import torch
 from harness import (
     GPUS,
     ROOT,
-    SCRIPT,
-    TIME_LIMIT,
     expect_equal,
     expect_one_message,
     expect_success,
     make_clone,
+    run_gallery,
+    run_script,
 )
 from torch.utils.data import DataLoader
 
 import quest_12_1 as quest
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="no CUDA device here")
-
-FULL_GPU = """
-import sys, torch
-torch.cuda.set_per_process_memory_fraction(0.003)
-import quest_12_1
-sys.exit(quest_12_1.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -43,27 +34,16 @@ def clone(tmp_path):
     return make_clone(tmp_path, ROOT / "data")
 
 
-def start(folder, *command):
-    """Run a command with this Python in `folder`, each in a fresh interpreter.
-
-    A process that is forked from one that has imported PyTorch, as the other tests' are,
-    may not be one that CUDA supports.
-    """
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIME_LIMIT,
-    )
+def run_on_gpu(clone, *arguments, fault=None):
+    """Run the script as a user with a GPU does, without --device."""
+    return run_script(clone, *arguments, device=None, fault=fault, threads=None)
 
 
 # ---- The job -------------------------------------------------------------------------
 def test_the_main_job_without_any_argument_dreams_the_same_bytes_twice(clone):
     saved = []
     for _ in range(2):
-        result = start(clone, SCRIPT.name)
+        result = run_on_gpu(clone)
         expect_success(result)
         assert "s on cuda. " in result.stdout
         picture = (clone / "dreams" / "dream_sample.png").read_bytes()
@@ -80,20 +60,20 @@ def test_the_main_job_without_any_argument_dreams_the_same_bytes_twice(clone):
 def test_another_seed_dreams_other_digits(clone):
     dreams = []
     for seed in ("0", "1"):
-        expect_success(start(clone, SCRIPT.name, "--epochs", "1", "--seed", seed))
+        expect_success(run_on_gpu(clone, "--epochs", "1", "--seed", seed))
         dreams.append(torch.load(clone / "dreams" / "dream_model.pt")["dreams"][-1])
 
     assert not torch.equal(*dreams)
 
 
 def test_what_is_saved_opens_without_a_gpu(clone):
-    expect_success(start(clone, SCRIPT.name, "--epochs", "1"))
+    expect_success(run_on_gpu(clone, "--epochs", "1"))
 
     saved = torch.load(clone / "dreams" / "dream_model.pt")
 
     assert all(weight.is_cpu for weight in saved["model"].values())
     assert all(images.is_cpu for images in saved["dreams"])
-    expect_success(start(clone, "-m", "dreams.gallery"))
+    expect_success(run_gallery(clone))
 
 
 # ---- The steps -----------------------------------------------------------------------
@@ -172,7 +152,7 @@ def test_two_gpus_in_one_process_learn_the_same(digits):
 
 # ---- What goes wrong -----------------------------------------------------------------
 def test_a_full_gpu_is_one_message(clone):
-    result = start(clone, "-c", FULL_GPU, "--epochs", "1")
+    result = run_on_gpu(clone, "--epochs", "1", fault=faults.little_gpu_memory)
 
     expect_one_message(result, "CUDA out of memory")
     assert not (clone / "dreams" / "dream_sample.png").exists()
@@ -181,9 +161,7 @@ def test_a_full_gpu_is_one_message(clone):
 @pytest.mark.parametrize("rate", ["10", "1e3", "1e20"])
 def test_a_rate_that_is_too_high_is_one_message(clone, rate):
     """Left to PyTorch's own check, NaN stops the GPU and, in a replay, the process."""
-    result = start(
-        clone, SCRIPT.name, "--epochs", "2", "--json", "--learning-rate", rate
-    )
+    result = run_on_gpu(clone, "--epochs", "2", "--json", "--learning-rate", rate)
 
     message = expect_one_message(result, "lower the learning rate")
     assert json.loads(result.stdout) == {"success": False, "message": message}
@@ -191,7 +169,15 @@ def test_a_rate_that_is_too_high_is_one_message(clone, rate):
     assert not (clone / "dreams" / "dream_sample.png").exists()
 
 
+def test_a_step_that_waits_for_the_gpu_is_refused_with_its_line(clone):
+    result = run_on_gpu(clone, "--epochs", "1", fault=faults.step_that_waits)
+
+    assert result.returncode == 1
+    assert "this step cannot be recorded" in result.stderr
+    assert "in reading_step" in result.stderr, "the traceback lacks the step's line"
+
+
 def test_a_device_that_is_not_there_is_one_message(clone):
-    result = start(clone, SCRIPT.name, "--device", f"cuda:{GPUS}")
+    result = run_script(clone, device=f"cuda:{GPUS}")
 
     expect_one_message(result, f"device 'cuda:{GPUS}'", "invalid device ordinal")

@@ -48,7 +48,7 @@ def drawn(small_gallery, monkeypatch):
 
 
 def digits_of_each_class(few, count):
-    """The first `count` digits of each class, the classes in turn: 0 to 9, 0 to 9, ..."""
+    """The first `count` digits of each class, the classes in turn: 0 to 9, 0, ..."""
     x, targets = few
     of_class = [x[targets == label][:count] for label in range(10)]
     return torch.stack(of_class, dim=1).flatten(0, 1)

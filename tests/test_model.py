@@ -116,10 +116,11 @@ def test_pixels_are_in_0_to_1_however_far_z_is():
 @pytest.mark.parametrize("latent_dim", [1, 2, 8])
 @pytest.mark.parametrize("beta", [0, 1, 30])
 def test_the_loss_is_that_of_torch_distributions(beta, latent_dim):
-    """In value and in gradient, for pixels that are black, white and grey."""
+    """In value and in gradient, for pixels that are black, white and grey, and for
+    codes near and far, as they are with a small beta."""
     of = {"dtype": torch.float64, "requires_grad": True}
     logits = torch.randn(50, PIXELS, **of)
-    mu = torch.randn(50, latent_dim, **of)
+    mu = torch.linspace(-40, 40, 50 * latent_dim, **of).view(50, latent_dim)
     logvar = torch.randn(50, latent_dim, **of)
     x = torch.rand(50, PIXELS, dtype=torch.float64)
     x[:25] = x[:25].round()

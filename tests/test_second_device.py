@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def run_far(folder, *arguments):
     """Run the script on "far"; return how often which function crossed."""
     (folder / CROSSINGS).unlink(missing_ok=True)
-    result = run_script(folder, "--device", "far:0", *arguments, fault=use_far_device)
+    result = run_script(folder, *arguments, device="far:0", fault=use_far_device)
     expect_success(result)
     return Counter((folder / CROSSINGS).read_text().splitlines())
 
@@ -62,7 +62,8 @@ def test_training_waits_for_the_device_per_epoch_and_not_per_step(folder):
     many_steps = run_far(folder, "--epochs", "2", "--batch-size", "50")
 
     assert many_steps == few_steps, (
-        f"with more steps: {many_steps - few_steps}, with fewer: {few_steps - many_steps}"
+        f"crossings with more steps alone: {many_steps - few_steps}, "
+        f"with fewer alone: {few_steps - many_steps}"
     )
 
 
