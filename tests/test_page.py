@@ -690,13 +690,11 @@ def test_keys_move_and_widen_the_cloud(page, run):
 
 @pytest.mark.parametrize("c", [0, 7])
 def test_costs_are_those_of_pytorch_against_the_encoder_s_choice(opened, any_run, c):
-    """In nats, weighted by beta, for a cloud about as wide as the encoder's."""
+    """In nats, weighted by beta, for a cloud moved and made 1.6 times as wide."""
     run, path = any_run
     page = opened(path)
     x, mu, logvar, _ = hold_cloud(page, run, c)
-    page.type("ArrowRight", "ArrowUp")
-    for key in ["ArrowRight"] * 3 + ["ArrowDown"] * 2:
-        page.type(key, shift=True)
+    page.type("ArrowRight", "ArrowUp", *["]"] * 6)
 
     got = page.costs()
 
@@ -704,7 +702,8 @@ def test_costs_are_those_of_pytorch_against_the_encoder_s_choice(opened, any_run
     difference = costs_of(run, x, moved, wide) - costs_of(run, x, mu, logvar)
     loss, bce, kld = difference.tolist()
     expected = {"picture": bce, "cloud": run.settings.beta * kld, "together": loss}
-    assert abs(loss) > 0.1, "the cloud was not moved enough to see anything"
+    most = max(map(abs, expected.values()))
+    assert most > 0.3, f"the cloud was not changed enough: by {most:.2f} nats"
     for name, value in expected.items():
         off = abs(got[name] - value)
         bound = 0.1 + 0.05  # what is told is rounded to 0.1
@@ -1030,7 +1029,7 @@ def test_the_tab_key_reaches_each_control_and_shows_where_it_is(page):
         wanted, reached, unseen = page.tabbed(30)
 
         assert len(wanted) > 15, f"{step}: the controls are {sorted(wanted)} alone"
-        missed = wanted - reached
+        missed = (wanted | {"map"}) - reached
         assert not missed, f"{step}: the Tab key does not reach {sorted(missed)}"
         assert not unseen, f"{step}: the focus cannot be seen on {sorted(unseen)}"
 
@@ -1073,18 +1072,20 @@ def tour(request, browser, main_page):
         browser.script("scrollTo(0, 0)")
         seen.append((what, browser.layout()))
 
-    browser.press("class-3")
+    browser.click("class-3")
     look("a digit taken")
     for step in STEPS:
-        browser.press(step)
+        browser.click(step)
         look(step)
-        browser.press("class-3")
+        browser.click("class-3")
         browser.drag("map", [(0.5, 0.5), (0.6, 0.6)])
-        for name, where in (("roll", "step-3"), ("dream", "step-5")):
-            if step == where:
-                browser.press(name)
-        look(f"{step}, a walk over the map")
-    browser.press("step-1", "clear")
+        if step == "step-3":
+            browser.focus("map")
+            browser.type(*["]"] * 30)
+        if step == "step-5":
+            browser.click("dream")
+        look(f"{step}, after some acts")
+    browser.click("step-1", "clear")
     look("the pad cleared")
     assert not browser.errors(), "the page has reported errors"
     return size, seen
