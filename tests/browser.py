@@ -19,7 +19,7 @@ from selenium import webdriver
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
-WINDOW = (1000, 640)  # its size, but where a test is about sizes; small, to be quick
+WINDOW = (1366, 650)  # where a test is not about sizes; small, to be quick
 SCRIPT_LIMIT = 600  # seconds for one script in the page; a slow machine is no failure
 
 PICTURES = ("pad", "map", "redrawn")
