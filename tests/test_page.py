@@ -1,9 +1,12 @@
 """The page dreams/dream_plane.html in a real browser, beside the model that it shows.
 
-It takes 45 s on two cores, and the main job before, which --trained FOLDER saves. What
-the page computes is held to PyTorch; the rest to what a person does and sees. Without a
-word on it, the page is opened by a person who asks for less motion: flights are jumps
-then, and nothing moves by itself.
+It takes 55 s of processor time, which is 45 to 60 s on two cores with nothing else to
+do, and before it the main job, which --trained FOLDER saves.
+
+What the page computes is held to PyTorch, the rest to what a person does and sees. The
+browser, and one page in it, are shared: each test begins with an empty pad, in step 1,
+with the whole map in sight (Page.reset), for a person who asks for less motion, so that
+flights are jumps and nothing moves by itself.
 """
 
 import copy
@@ -800,7 +803,8 @@ def test_the_glow_lies_where_the_digit_is_explained_best(page, run, c):
         run.model.decode(z), x.expand(len(z), -1), reduction="none"
     )
     best = z[(bce.sum(dim=1) + z.pow(2).sum(dim=1) / 2).argmin()]
-    expect_numbers(brightest, best, "the brightest place", within=0.12)
+    cells = 0.03 * run.extent  # two of the map at this size
+    expect_numbers(brightest, best, "the brightest place", within=cells)
 
 
 def in_sight(place):
