@@ -1,7 +1,7 @@
 """The page dreams/dream_plane.html in a real browser, beside the model that it shows.
 
-It takes 55 s of processor time, which is 45 to 60 s on two cores with nothing else to
-do, and before it the main job, which --trained FOLDER saves.
+It takes 55 s of processor time, 75 s by the clock on two busy cores, and before it the
+main job, which --trained FOLDER saves.
 
 What the page computes is held to PyTorch, the rest to what a person does and sees. The
 browser, and one page in it, are shared: each test begins with an empty pad, in step 1,
@@ -183,17 +183,15 @@ def costs_of(run, x, mu, logvar, eps=EPS):
 
 
 def descend(run, x, mu, logvar):
-    """Return the least loss that Adam finds for one cloud, by PyTorch's gradients."""
+    """Return the loss to which Adam brings one cloud, by PyTorch's gradients."""
     cloud = torch.stack((mu, logvar)).requires_grad_()
     optimizer = torch.optim.Adam([cloud], lr=0.04)
-    least = math.inf
     for _ in range(120):
         optimizer.zero_grad()
         loss = costs_of(run, x, *cloud, eps=EPS[:32])[0]
         loss.backward()
         optimizer.step()
-    least = costs_of(run, x, *cloud.detach())[0]
-    return least.item()
+    return costs_of(run, x, *cloud.detach())[0].item()
 
 
 def expect_picture(got, expected, what, bound=0.03):
@@ -814,7 +812,7 @@ def in_sight(place):
 
 
 # ---- All clouds ----------------------------------------------------------------------
-def near_the_middle(run, count=4):
+def lonely_codes(run, count=4):
     """Return the numbers of some digits that the page holds, of several classes, whose
     codes are on the map and have no neighbour within a pixel or so."""
     _, mu = held_by(run)
@@ -829,7 +827,7 @@ def test_a_cloud_that_is_touched_shows_its_digit_and_a_press_takes_it(page, run)
     page.press("class-2", "step-4").frame()
     before = page.shown()[0]
 
-    for k in near_the_middle(run):
+    for k in lonely_codes(run):
         page.hover("map", on_map(run, mu[k]))
         expect_picture(page.image("pad"), x[k], f"the pad at digit {k}'s cloud")
         redrawn = run.model.decode(mu[k][None])[0]
@@ -845,7 +843,7 @@ def test_a_finger_shows_a_cloud_s_digit_and_takes_it_when_it_is_lifted(page, run
     x, mu = held_by(run)
     page.press("class-2", "step-4").frame()
     before = page.shown()[0]
-    first, other = near_the_middle(run, 2)
+    first, other = lonely_codes(run, 2)
 
     page.finger("Start", page.at("map", on_map(run, mu[first])))
     page.frame()
@@ -864,7 +862,7 @@ def test_a_cancelled_touch_takes_no_cloud(page, run):
     page.press("class-2", "step-4").frame()
     before = page.shown()[0]
 
-    page.finger("Start", page.at("map", on_map(run, mu[near_the_middle(run)[0]])))
+    page.finger("Start", page.at("map", on_map(run, mu[lonely_codes(run)[0]])))
     page.finger("Cancel")
 
     assert torch.equal(page.shown()[0], before), "x is another"
@@ -984,10 +982,10 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
     page.set_media(motion="no-preference")
     page.press("dream")
     seen = page.wait(
-        """const map = document.getElementById("redrawn"), pictures = new Set();
+        """const redrawn = document.getElementById("redrawn"), pictures = new Set();
         for (let same = 0, last = ""; same < 12;) {
             await frame();
-            const now = map.toDataURL();
+            const now = redrawn.toDataURL();
             same = now === last ? same + 1 : 0;
             pictures.add(last = now);
         }
@@ -995,13 +993,9 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
     )
 
     assert seen > 2, f"{seen} pictures are seen on the way"
-    off = (
-        (page.small_pictures("dream-strip") - page.image("redrawn"))
-        .abs()
-        .amax(dim=1)
-        .min()
-    )
-    assert off < 0.01, "what is redrawn at the end is not in the row of dreams"
+    off = page.small_pictures("dream-strip") - page.image("redrawn")
+    nearest = off.abs().amax(dim=1).min()
+    assert nearest < 0.01, "what is redrawn at the end is not in the row of dreams"
 
 
 # ---- Everyone ------------------------------------------------------------------------
@@ -1315,7 +1309,7 @@ def test_a_switch_shows_the_model_beside_and_its_clouds(
 
     for name, each in ((first, run), (second, far_run), (first, run)):
         page.press(name).frame()
-        k = near_the_middle(each)[0]
+        k = lonely_codes(each)[0]
         _, mu = held_by(each)
         page.hover("map", on_map(each, mu[k]))
 
