@@ -738,6 +738,24 @@ def roll(page):
     raise AssertionError("the cloud has not rolled anywhere in 3,000 frames")
 
 
+def test_the_verdict_says_whose_cloud_costs_less(page, run):
+    hold_cloud(page, run, 5)
+    page.type(*["ArrowRight"] * 25)
+    moved_away = page.costs()["together"]
+    of_hand = page.text("verdict")
+
+    page.press("hard")
+    roll(page)
+    rolled = page.costs()["together"]
+    of_roll = page.text("verdict")
+
+    assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
+    assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
+    assert rolled < -1, f"a hard digit gains only {rolled}"
+    assert "Rolling" in of_roll, f"at {rolled:+} it says: {of_roll}"
+    assert "better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
+
+
 @pytest.mark.parametrize("c", [0, 5])
 def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(page, run, c):
     """From a cloud that is moved and widened, so that both have a way to go."""
@@ -1228,6 +1246,33 @@ def test_no_error_in_70_random_acts(page, run, seed, motion):
 
 
 # ---- One file ------------------------------------------------------------------------
+def test_the_symbols_tell_the_run_and_the_cloud_in_numbers(page, run):
+    page.press("class-3")
+    page.open_symbols()
+    page.frame()
+
+    _, mu, logvar = page.shown()
+    told = page.text("symbols")
+
+    losses = run.losses[-1]
+    assert f"held-out loss {losses['held_out']:.2f}" in told
+    assert f"BCE {losses['bce']:.2f}, KLD {losses['kld']:.2f}" in told
+    assert f"seed {run.settings.seed}" in told.lower()
+    for number in (*mu.tolist(), *torch.exp(logvar / 2).tolist()):
+        assert f"{abs(number):.2f}" in told, f"{number:.2f} is not told: {told}"
+
+
+def test_the_address_opens_its_step(page, main_page):
+    for step in ("3", "5", "1"):
+        page.script("location.hash = arguments[0]", f"#{step}")
+        page.frame()
+
+        current = page.script(
+            "return document.querySelector('nav [aria-current], [aria-current]').id"
+        )
+        assert current == f"step-{step}"
+
+
 def test_the_page_weighs_less_than_5_mb(main_page):
     size = main_page.stat().st_size
     assert size < 5e6, f"the page has {size:,} bytes"
