@@ -47,7 +47,10 @@ def leftovers(folder):
 
 
 def expect_untouched(folder):
-    """Expect the earlier run's files, whole, and nothing else of a run."""
+    """Expect the earlier run's picture and model to be whole.
+
+    After a kill the hidden temporary folder stays beside them.
+    """
     for name in ("dream_sample.png", "dream_model.pt"):
         data = (folder / "dreams" / name).read_bytes()
         assert data == EARLIER, f"{name} is no longer the earlier one"

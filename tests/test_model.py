@@ -79,6 +79,19 @@ def test_forward_encodes_draws_and_decodes():
     torch.testing.assert_close(recon_x, model.decode(z))
 
 
+@pytest.mark.parametrize("far", [-30.0, 20.0])
+def test_mu_and_logvar_are_whatever_the_network_puts_out(far):
+    model = quest.VAE()
+    with torch.no_grad():
+        model.encoder_mu.bias.fill_(far)
+        model.encoder_logvar.bias.fill_(far)
+
+    mu, logvar = model.encode(torch.zeros(1, PIXELS))
+
+    for output in (mu, logvar):
+        assert (output - far).abs().max() < 5, f"{output} is held back from {far}"
+
+
 def test_z_is_drawn_with_the_mean_and_the_variance_told():
     """The mean of n draws is within 6 of its standard deviations, std / sqrt(n); the
     variance within 6 times sqrt(2 / n) of itself: one seed in 100 million fails."""

@@ -1351,6 +1351,7 @@ def test_a_switch_shows_the_model_beside_and_its_clouds(
     x, _ = held_by(run)
     page.press("class-2", "step-4").frame()
     first, second = page.buttons(within="switch")
+    assert first != second, f"both buttons are {first!r}"
 
     for name, each in ((first, run), (second, far_run), (first, run)):
         page.press(name).frame()
@@ -1363,6 +1364,10 @@ def test_a_switch_shows_the_model_beside_and_its_clouds(
         got = page.encode(x[k : k + 1])
         expect_numbers(got, expected, f"code by {name!r}", within=1e-3, share=1e-3)
         page.move_away()
+        in_hand, *cloud = page.shown()
+        expected = torch.cat(each.model.encode(in_hand[None]), dim=1)
+        got = torch.cat(cloud)[None]
+        expect_numbers(got, expected, f"cloud by {name!r}", within=1e-3, share=1e-3)
 
 
 # ---- No page -------------------------------------------------------------------------
@@ -1464,6 +1469,17 @@ def test_what_the_page_cannot_compute_it_says_in_its_place(browser, run, folders
     words = browser.load(path)
 
     expect_a_sentence(words, NO_PAGE[kind])
+
+
+def test_a_model_beside_that_the_page_cannot_compute_is_told_too(browser, run, folders):
+    beside = copy.copy(run)
+    beside.mu = run.mu + 0.5
+    path = folders() / "page.html"
+    path.write_text(gallery.draw_page(run, beside))
+
+    words = browser.load(path)
+
+    expect_a_sentence(words, "the model in it is another")
 
 
 def test_without_javascript_the_page_says_so(browser, main_page):
