@@ -6,8 +6,9 @@
 
 The decoder is a model of how an image arises. A point z of a plane is drawn from the
 standard normal distribution, N(0, I). The decoder maps it to a probability of white for
-each pixel, p(x|z). The probability of an image x, p(x), is the average of p(x|z) over
-all z, which is costly to compute. So the encoder proposes the z that matter for x: it
+each pixel. The product over the pixels is the probability of a whole image x, p(x|z).
+The probability of x without z, p(x), is the average of p(x|z) over z drawn from
+N(0, I), which is costly to compute. So the encoder proposes the z that matter for x: it
 maps x to a Gaussian q(z|x), a small cloud in the plane. Training raises a lower bound
 of log p(x) that needs only this cloud: the evidence lower bound (ELBO) of Kingma &
 Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114.
@@ -82,7 +83,9 @@ class Settings:
         10, "passes over the training set; after 20 the loss is 3 lower"
     )
     batch_size: int = setting(128, "images per training step")
-    learning_rate: float = setting(1e-3, "Adam's: about how far a step moves a weight")
+    learning_rate: float = setting(
+        1e-3, "Adam's: about the most that a step moves a weight"
+    )
     seed: int = setting(0, "decides the initial weights, batches, noise and dreams")
     samples: int = setting(64, "dreams in dream_sample.png")
 
@@ -187,16 +190,17 @@ class VAE(nn.Module):
 
 # ---- Loss, in nats (1 nat is 1.44 bits) ----------------------------------------------
 # Two assumptions make sums of all that follows: given z, the pixels are independent;
-# the numbers of z are independent in q(z|x).
+# the numbers of z are independent, in q(z|x) as in p(z), which is N(0, I).
 #
 # By Bayes' rule, log p(x) = log p(x|z) + log p(z) - log p(z|x) for every z. Take the
 # mean over z from q(z|x), with log q(z|x) added and subtracted:
 #
 #     log p(x) = mean of log p(x|z) - KL(q(z|x) || p(z)) + KL(q(z|x) || p(z|x)).
 #
-# The last term is a divergence, which is never negative. So the rest is a lower bound:
+# KL(q || p) is the divergence of q from p, the mean of log q - log p over z from q. It
+# is never negative. So without the last term the right side is a lower bound:
 #
-#     ELBO = mean of log p(x|z) - KL(q(z|x) || N(0, I)) = mean of -BCE - KLD.
+#     ELBO = mean of log p(x|z) - KL(q(z|x) || p(z)) = mean of -BCE - KLD.
 #
 # Raising it makes x more probable to the decoder, or q(z|x) more like p(z|x).
 
@@ -228,6 +232,8 @@ def loss_terms(recon_x, x, mu, logvar, beta=Settings.beta):
     BCE pulls the clouds of different images apart: where they overlap, z does not tell
     which image to draw. KLD pulls them together.
     """
+    # Over the pixels, too, it has to be a sum: -log p(x|z) is one. With their mean, KLD
+    # would weigh PIXELS times as much.
     bce = F.binary_cross_entropy(recon_x, x.flatten(1), reduction="sum")
     kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())  # appendix B
     return bce + beta * kld, bce, kld
@@ -236,8 +242,8 @@ def loss_terms(recon_x, x, mu, logvar, beta=Settings.beta):
 def loss_function(recon_x, x, mu, logvar, beta=Settings.beta):
     """Return the loss alone, summed over the batch.
 
-    With beta = 1 it estimates -ELBO from one z per image. -ELBO is never below -log
-    p(x). The estimate may be, but not on average.
+    With beta = 1 it estimates -ELBO, which is never below -log p(x). The estimate, from
+    one random z per image, may fall below, but not on average.
     """
     return loss_terms(recon_x, x, mu, logvar, beta)[0]
 
@@ -248,7 +254,8 @@ def train_step(model, optimizer, x, beta=Settings.beta):
     optimizer.zero_grad()
     recon_x, mu, logvar = model(x)
     loss = loss_function(recon_x, x, mu, logvar, beta)
-    loss.backward()  # Adam's step is as large for a sum as for a mean; SGD's is not
+    # Over the batch, Adam's step is as large for a sum as for a mean; SGD's is not.
+    loss.backward()
     optimizer.step()
     return loss.detach()  # the number, without the record of how it was computed
 
@@ -292,11 +299,11 @@ def dream(model, z):
 def nan_to_zero(layer, inputs, output):
     """Replace what is not finite in a layer's output, NaN by 0, in place.
 
-    A forward hook of the decoder's last layer, which changes nothing in a run that goes
-    well. When the learning rate is too high, weights grow until an output is NaN, which
-    F.binary_cross_entropy refuses: a GPU is then stopped, without a message of ours. So
-    the loss is computed of a wrong image instead. The weights keep the NaN, and `learn`
-    finds it there.
+    A forward hook of the decoder's last layer, so that `learn` can tell of a learning
+    rate that is too high. Weights then grow until an output is NaN. That would end in
+    F.binary_cross_entropy, which refuses it and stops a GPU without a message of ours.
+    With 0 in its place the step goes on. The weights keep the NaN, and `check_finite`
+    finds it there. In a run that goes well the hook changes nothing.
     """
     output.nan_to_num_()
 
@@ -331,7 +338,7 @@ def learn(x_train, x_test, settings=Settings(), accelerate=lambda step: step):
     optimizer = optim.Adam(
         model.parameters(),
         lr=settings.learning_rate,
-        fused=True,  # update all weights in one pass
+        fused=True,  # do each tensor's whole update in one pass
         capturable=True,  # let CapturedStep, below, record its update
     )
     train_loader = DataLoader(x_train, batch_size=settings.batch_size, shuffle=True)
@@ -381,10 +388,10 @@ def learn(x_train, x_test, settings=Settings(), accelerate=lambda step: step):
 class CapturedStep:
     """Do what step(x) does on a CUDA GPU, faster: record a CUDA graph and replay it.
 
-    A CUDA graph is a list of operations that the GPU starts as a whole. A training step
-    has some 76 short ones. An H100 computes them in 0.3 ms, but starting them one by
-    one takes the host's CPU 1.9 ms. A replay does them to the batch that it is given,
-    draws new noise as step(x) would, and leaves the same bits.
+    A CUDA graph is a recording of operations, which the CPU starts with one call. A
+    training step has some 76 short ones. An H100 computes them in 0.3 ms, but to start
+    them one by one takes the host's CPU 1.9 ms. A replay does them to the batch that it
+    is given, draws new noise as step(x) would, and leaves the same bits.
 
     The first batch and a smaller last one are not replayed: step(x) is called. In a
     replay no Python runs, so a number that Python changes while an epoch runs, as a

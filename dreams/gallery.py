@@ -47,7 +47,7 @@ CELLS = 20  # points of the plane in each direction that the canvas shows
 PLANE = 600  # width and height of the plane in a picture, in pixels
 STRIP = 28  # height of the text above a picture, in pixels
 EACH = 100  # held-out images of each class that the page holds; the mirror shows 4
-LEAST_EXTENT = 4  # from -4 to 4 the plane holds all but 1 in 10,000 of the dreams
+LEAST_EXTENT = 4  # from -4 to 4 the plane holds all but 1 in 8,000 of the dreams
 HELD = 0.99  # share of the codes that the plane holds at least
 
 # Colours of the ten classes, distinct on black for colour-blind eyes too.
@@ -230,7 +230,7 @@ def draw_plane(mu, targets, extent, size=PLANE):
     """Draw a dot at each mu: (N, 2), coloured by class, and N(0, I)'s circles.
 
     The circles have the radii 1, 2 and 3. The dots are drawn in the order of the
-    images, which is random, so that no class hides another.
+    images, in which the classes are mixed, so that no class hides another.
     """
     fine = 4 * size  # drawn large, then reduced: smooth edges
     picture = Image.new("RGB", (fine, fine))
