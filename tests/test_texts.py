@@ -173,7 +173,7 @@ def test_the_lines_for_the_saved_model_open_it(trained, capsys):
 
 def test_the_lines_for_a_notebook_train(folder):
     run_code(block_with(README, "python", "quest.main"))
-    assert (folder / "dreams" / "dream_sample.png").is_file()
+    assert (folder / "runs" / "notebook" / "dream_sample.png").is_file()
 
 
 def test_the_lines_that_train_without_files_give_points_to_plot(folder):
