@@ -1007,11 +1007,11 @@ def within_ring(run, z):
     return apart < 2, (apart - 2).abs()
 
 
-def test_it_is_told_how_many_random_places_lie_in_a_cloud(page, run):
+def test_it_is_told_how_many_dreams_fall_in_a_cloud(page, run):
     """By 4,096 points spread evenly, within 1.5 of 100."""
     page.press("step-4").frame()
 
-    found = re.search(r"(\d+) in 100 random places", page.words())
+    found = re.search(r"(\d+) in 100 dreams", page.words())
 
     assert found, f"it is not told: {page.words()}"
     expected = 100 * within_ring(run, EPS)[0].float().mean().item()
@@ -1049,7 +1049,7 @@ def test_clouds_have_the_colours_of_their_class_s_button(page, run):
 
 
 @pytest.mark.parametrize("step", ["step-4", "step-5"])
-def test_the_outer_circle_holds_99_in_100_random_places(page, run, step):
+def test_the_outer_circle_holds_99_in_100_dreams(page, run, step):
     """1 - exp(-3 ** 2 / 2) of N(0, I) is 0.989; it is seen at 3, and at no other."""
     page.press(step).frame()
     page.settle()
