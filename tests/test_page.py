@@ -441,6 +441,49 @@ def test_a_pen_takes_over_from_a_resting_hand_which_leaves_no_ink(page):
     assert ink[:, :middle].max() == 0, "the hand has left ink"
 
 
+HOOK = [(0.3, 0.2), (0.3, 0.8), (0.5, 0.8)]  # heavier below and on the left
+
+
+def test_a_drawing_reaches_the_encoder_in_the_form_of_mnist(page):
+    """MNIST's digits are 20 pixels on their longer side, and their centre of mass is
+    at the image's middle, to the pixel; where that puts ink beyond the edge, it is cut.
+    """
+    page.drag("pad", HOOK)
+
+    x = page.shown()[0].view(quest.SIDE, quest.SIDE)
+    rows, columns = [x.sum(dim=way) for way in (1, 0)]
+    high = (rows > 0).sum().item()
+    assert 19 <= high <= 21, f"expected 20 pixels high, not {high}"
+    at = torch.arange(quest.SIDE) + 0.5
+    for name, ink in (("down", rows), ("across", columns)):
+        centre = ((ink * at).sum() / ink.sum()).item()
+        assert abs(centre - quest.SIDE / 2) < 1, f"{name}, its mass is at {centre:.1f}"
+
+
+@pytest.mark.parametrize("digit", STROKES)
+def test_the_pen_draws_strokes_as_heavy_as_the_data_s(page, run, digit):
+    page.drag("pad", STROKES[digit])
+
+    ink = page.shown()[0].sum().item()
+    of_class = run.x[run.targets == digit].sum(dim=1)
+    low, high = torch.quantile(of_class, torch.tensor([0.02, 0.98])).tolist()
+    assert low < ink < high, f"{ink:.0f} of ink; 96 in 100 have {low:.0f} to {high:.0f}"
+
+
+def test_the_corner_of_the_pad_shows_how_a_drawing_reaches_the_encoder(page):
+    page.drag("pad", [(0.1, 0.1), (0.4, 0.1)])
+
+    below = page.pixels("pad")
+    below = below[len(below) // 2 :, len(below) // 2 :, 0] / 255
+    x = page.shown()[0].view(1, 1, quest.SIDE, quest.SIDE)
+    found = [
+        F.conv2d(below[None, None], shape).max() / shape.pow(2).sum()
+        for shape in (x.repeat_interleave(n, 2).repeat_interleave(n, 3) for n in (4, 5))
+    ]
+    best = max(found).item()
+    assert best > 0.95, f"x is not in the corner: at the best place, {best:.0%} of it"
+
+
 # ---- The map -------------------------------------------------------------------------
 def canvas_of(run, half, cells):
     """Return what a map from -half to half shows with so many cells in each direction.
@@ -598,6 +641,23 @@ def test_one_can_zoom_into_a_cloud_of_std_0_04_and_0_shows_all(page, run):
     expect_numbers(span(page), whole, "all", within=0.05)
 
 
+@pytest.mark.parametrize(("button", "key"), [("zoom-in", "+"), ("zoom-out", "-")])
+def test_a_zoom_button_says_when_it_has_no_more_to_do(page, button, key):
+    def is_spent():
+        page.frame()
+        return page.script(
+            "return document.getElementById(arguments[0]).ariaDisabled === 'true'",
+            button,
+        )
+
+    page.press("zoom-in")
+    assert not is_spent(), f"{button} says that it has no more to do"
+
+    page.focus("map")
+    page.type(*[key] * 12)
+    assert is_spent(), f"{button} does not say that it has no more to do"
+
+
 # ---- The cloud in the hand -----------------------------------------------------------
 def hold_cloud(page, run, c):
     """Take a digit of class c in step 3, the whole map in sight.
@@ -651,6 +711,17 @@ def edge_of(page, place, axis):
     edge = list(place)
     edge[axis] += handle / size
     return tuple(edge)
+
+
+def test_wider_widens_the_cloud_about_its_middle_and_takes_it_back(page):
+    page.press("class-3", "step-2").frame()
+    _, mu, logvar = page.shown()
+
+    for times in (2, 4, 8, 1):
+        page.press("wider").frame()
+        expect_cloud(page, mu, logvar + 2 * math.log(times), within=1e-3)
+        told = f"{times} times as wide" in page.text("tally")
+        assert told == (times > 1), f"{times} times as wide: {page.text('tally')}"
 
 
 @pytest.mark.parametrize(("axis", "kind"), [(0, "mouse"), (1, "touch")])
@@ -711,6 +782,32 @@ def test_costs_are_those_of_pytorch_against_the_encoder_s_choice(opened, any_run
         assert off < bound, f"{name}: expected {value:.2f}, not {got[name]} nats"
 
 
+def test_the_pull_of_the_costs_is_pytorch_s_gradient(opened, any_run):
+    """Within 0.3 nats for a std, or a tenth: the page averages over 25 points."""
+    run, path = any_run
+    page = opened(path)
+    x = run.x[torch.randperm(len(run.x))[:10]]
+    mu, logvar = run.model.encode(x)
+    mu = mu + 0.3 * torch.exp(logvar / 2)
+
+    slopes = page.compute(
+        """Array.from({ length: 10 }, (_, n) => gradient(row(x, n),
+            { mu: [...row(mu, n)], logvar: [...row(logvar, n)] }))
+            .flatMap(({ byMu, byLogvar }) => [...byMu, ...byLogvar])""",
+        x=x,
+        mu=mu,
+        logvar=logvar,
+    ).view(10, 4)
+
+    for n in range(10):
+        cloud = [part[n].detach().requires_grad_() for part in (mu, logvar)]
+        loss = costs_of(run, x[n], *cloud)[0]
+        expected = torch.cat(torch.autograd.grad(loss, cloud))
+        for_a_std = torch.cat((torch.exp(logvar[n] / 2), torch.ones(2)))
+        got, expected = slopes[n] * for_a_std, expected * for_a_std
+        expect_numbers(got, expected, f"digit {n}: slopes", within=0.3, share=0.1)
+
+
 def test_the_encoder_s_choice_comes_back_with_all_costs_at_zero(page, run):
     _, mu, logvar, (right, down) = hold_cloud(page, run, 8)
     page.drag("map", [(right, down), (right + 0.1, down - 0.1)])
@@ -751,15 +848,16 @@ def test_the_verdict_says_whose_cloud_costs_less(page, run):
 
     assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
     assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
-    assert rolled < -1, f"a hard digit gains only {rolled}"
+    assert rolled < -3, f"a hard digit gains only {rolled}"
     assert "Rolling" in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert "better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
 
 
-@pytest.mark.parametrize("c", [0, 5])
-def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(page, run, c):
+def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(opened, any_run):
     """From a cloud that is moved and widened, so that both have a way to go."""
-    x, _, _, _ = hold_cloud(page, run, c)
+    run, path = any_run
+    page = opened(path)
+    x, _, _, _ = hold_cloud(page, run, 5)
     page.type("ArrowRight", "ArrowUp")
     for _ in range(8):
         page.type("ArrowRight", shift=True)
@@ -900,6 +998,75 @@ def test_keys_go_from_cloud_to_cloud_and_enter_takes_one(page, run):
     expect_picture(page.shown()[0], seen, "x after Enter")
 
 
+def within_ring(run, z):
+    """Return whether each z: (N, 2) lies within 2 std of a digit's code that the page
+    holds: (N,); and how far the nearest of these rings is, in std: (N,)."""
+    _, places = gallery.images_of_each_class(run, gallery.EACH)
+    mu, std = run.mu[places], torch.exp(run.logvar[places] / 2)
+    apart = ((z[:, None] - mu) / std).norm(dim=2).min(dim=1).values
+    return apart < 2, (apart - 2).abs()
+
+
+def test_it_is_told_how_many_dreams_fall_in_a_cloud(page, run):
+    """By 4,096 points spread evenly, within 1.5 of 100."""
+    page.press("step-4").frame()
+
+    found = re.search(r"(\d+) in 100 dreams", page.words())
+
+    assert found, f"it is not told: {page.words()}"
+    expected = 100 * within_ring(run, EPS)[0].float().mean().item()
+    told = int(found[1])
+    assert abs(told - expected) < 1.5, f"{told} are told; there are {expected:.1f}"
+
+
+def brightest_pixel(page, name):
+    """Return the brightest pixel of the picture on a button: (3,)."""
+    pixels = page.script(
+        """const canvas = document.getElementById(arguments[0]).firstChild;
+        const { width, height } = canvas;
+        return [...canvas.getContext("2d").getImageData(0, 0, width, height).data];""",
+        name,
+    )
+    pixels = torch.tensor(pixels, dtype=torch.float32).view(-1, 4)[:, :3]
+    return pixels[pixels.sum(dim=1).argmax()]
+
+
+def test_clouds_have_the_colours_of_their_class_s_button(page, run):
+    """At codes that lie apart: their colour is nearest to that of their own class."""
+    _, mu = held_by(run)
+    page.press("step-4").frame()
+    page.move_away()
+    page.settle()
+    pixels = page.pixels("map")[..., :3]
+    colours = torch.stack([brightest_pixel(page, f"class-{c}") for c in range(10)])
+
+    for k in lonely_codes(run, 8):
+        right, down = [int(share * len(pixels)) for share in on_map(run, mu[k])]
+        seen = pixels[down - 1 : down + 2, right - 1 : right + 2].mean(dim=(0, 1))
+        likeness = F.cosine_similarity(seen[None], colours, dim=1)
+        nearest = likeness.argmax().item()
+        assert nearest == k % 10, f"a cloud of {k % 10}s has the colour of {nearest}s"
+
+
+@pytest.mark.parametrize("step", ["step-4", "step-5"])
+def test_the_outer_circle_holds_99_in_100_dreams(page, run, step):
+    """1 - exp(-3 ** 2 / 2) of N(0, I) is 0.989; it is seen at 3, and at no other."""
+    page.press(step).frame()
+    page.settle()
+    grey = page.pixels("map")[..., :3].amin(dim=2)
+    angles = torch.linspace(0, 2 * math.pi, 721)[:-1]
+
+    def white(radius):
+        points = radius * torch.stack((angles.cos(), angles.sin()), dim=1)
+        share = 0.5 + points * torch.tensor([1, -1]) / (2 * run.extent)
+        right, down = (share * len(grey)).long().unbind(dim=1)
+        return (grey[down, right] > 200).float().mean().item()
+
+    assert white(3) > 0.4, f"there is no circle: {white(3):.0%} is white"
+    for other in (2.6, 3.4):
+        assert white(other) < 0.3, f"at {other}, {white(other):.0%} is white"
+
+
 def test_alone_no_word_is_said_of_another_model(page):
     another = re.compile(r"\b(two|other|another|second|beside)\b.*model", re.IGNORECASE)
     for step in STEPS:
@@ -941,9 +1108,53 @@ def test_the_last_ten_dreams_stay_in_sight(page):
         page.press("dream").frame()
         dreams.append(page.image("redrawn"))
 
-    got = page.small_pictures("dream-strip")
+    got = page.small_pictures("dream-strip-0")
 
     expect_picture(got, torch.stack(dreams[-10:]), "the ten pictures", 0.01)
+
+
+def test_of_each_dream_it_is_told_whether_it_lay_in_a_cloud(page, run):
+    """But for those so near to a ring that two decimals do not decide it."""
+    page.press("step-5")
+    inside = []
+    for _ in range(12):
+        page.press("dream").frame()
+        (lies,), (apart,) = within_ring(run, where(page)[None])
+        told = "in no cloud" not in page.text("told-where")
+        assert told == lies or apart < 0.2, f"at {where(page)}: {page.words()}"
+        inside.append(told)
+
+    last = inside[-10:]
+    assert page.text("inside-0") == f"{sum(last)} of 10 in a cloud"
+    underlined = page.script(
+        "return [...document.querySelectorAll('#dream-strip-0 canvas')]"
+        ".map(canvas => getComputedStyle(canvas).boxShadow !== 'none')"
+    )
+    assert underlined == last, f"underlined: {underlined}, in a cloud: {last}"
+
+
+def test_step_5_has_dreams_from_the_start(page):
+    page.press("step-5").frame()
+
+    pictures = page.small_pictures("dream-strip-0")
+    assert len(pictures) == 10, f"there are {len(pictures)} pictures"
+    assert pictures.amax(dim=1).min() > 0.3, "one of the ten is dark"
+    expect_picture(page.image("redrawn"), pictures[-1], "the last dream", 0.01)
+
+
+def test_both_networks_redraw_the_same_dreams(opened, pair_page, run, far_run):
+    page = opened(pair_page)
+    page.press("step-5")
+    places = []
+    for _ in range(10):
+        page.press("dream")
+        places.append(where(page))
+
+    for k, each in enumerate((run, far_run)):
+        expected = each.model.decode(torch.stack(places))
+        got = page.small_pictures(f"dream-strip-{k}")
+        expect_picture(got, expected, f"network {k + 1}'s dreams", 0.15)
+        assert page.buttons(within="networks")[k] in page.words()
 
 
 # ---- Movement ------------------------------------------------------------------------
@@ -1011,7 +1222,7 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
     )
 
     assert seen > 2, f"{seen} pictures are seen on the way"
-    off = page.small_pictures("dream-strip") - page.image("redrawn")
+    off = page.small_pictures("dream-strip-0") - page.image("redrawn")
     nearest = off.abs().amax(dim=1).min()
     assert nearest < 0.01, "what is redrawn at the end is not in the row of dreams"
 
@@ -1020,13 +1231,17 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
 ACTS = {  # what is done, and what is heard then
     "a class button": (
         lambda page: page.press("class-3"),
-        r"^A 3, among \ds, redrawn as an? \d",
+        r"^A 3, among \ds, redrawn as (an 8|a [^8])",
     ),
+    "another": (lambda page: page.press("class-8"), r"^An 8, among \ds, redrawn as"),
     "a stroke": (
         lambda page: page.drag("pad", ring(0.25)),
         r"drawing, among \ds, redrawn as an? \d",
     ),
-    "keys": (type_on_map(*["ArrowLeft"] * 5), r"among \ds, redrawn as an? \d"),
+    "keys": (
+        type_on_map(*["ArrowLeft"] * 5),
+        r"(among \ds|in no cloud), redrawn as an? \d",
+    ),
     "clear": (lambda page: page.press("clear"), "empty"),
     "a dream": (lambda page: page.press("step-5", "dream"), r"[Dd]ream, an? \d"),
 }
