@@ -5,6 +5,7 @@ be given an argument.
 """
 
 import ctypes
+import locale
 import os
 import resource
 import signal
@@ -104,6 +105,11 @@ def no_bars():
     os.environ["TQDM_DISABLE"] = "1"
     for name in [name for name in sys.modules if name.startswith("tqdm")]:
         del sys.modules[name]
+
+
+def ascii_by_default():
+    """As in the locale C: a text file is ASCII unless its encoding is named."""
+    locale.setlocale(locale.LC_CTYPE, "C")
 
 
 def no_network():

@@ -108,8 +108,9 @@ def run_job(folder, job):
         if process.is_alive():
             process.kill()
             raise AssertionError(f"the process has not ended within {TIME_LIMIT} s")
-        out = Path(printed, "out").read_text()
-        err = Path(printed, "err").read_text()
+        # As bytes first: read as text, a bar's carriage returns would end lines.
+        out = Path(printed, "out").read_bytes().decode()
+        err = Path(printed, "err").read_bytes().decode()
     return subprocess.CompletedProcess(job, process.exitcode, out, err)
 
 
@@ -214,6 +215,18 @@ def expect_same_files(folder, before):
     )
     changed = [name for name in now if now[name] != before[name]]
     assert not changed, f"changed: {changed}"
+
+
+def terminal_lines(printed):
+    """Return the lines that a terminal shows in the end: what follows a carriage return
+    is written over what was there."""
+    lines = []
+    for line in printed.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return [line for line in lines if line]
 
 
 # ---- Pictures, pages and draws -------------------------------------------------------

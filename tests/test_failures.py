@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -330,6 +331,28 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(
     expect_one_message(result, "cannot save", reason, "out")
     assert "Epoch" not in result.stderr, "it was told after training"
     expect_same_files(folder, before)
+
+
+@pytest.fixture
+def other_disk():
+    """A folder on another file system than that of temporary files."""
+    temporary = os.stat(tempfile.gettempdir()).st_dev
+    for place in ("/dev/shm", "/var/tmp"):
+        if os.access(place, os.W_OK) and os.stat(place).st_dev != temporary:
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                yield Path(folder)
+            return
+    pytest.skip("/dev/shm and /var/tmp are on the file system of temporary files")
+
+
+def test_a_folder_on_another_disk_than_temporary_files_is_written(
+    folder, call, other_disk
+):
+    """No file can be moved from one file system to another in one go."""
+    result = call(quest.main, *CPU, "--output", str(other_disk / "out"))
+
+    expect_success(result)
+    assert files_in(other_disk / "out").keys() == {"dream_sample.png", "dream_model.pt"}
 
 
 def test_a_folder_without_a_name_is_one_message(folder, call):

@@ -275,16 +275,16 @@ def page(small_gallery):
     path = small_gallery.output / "dream_plane.html"
     if not path.exists():
         pytest.skip(f"this model has no page: {small_gallery.result.stdout}")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def test_the_page_is_the_template_with_its_slot_filled(page):
-    template = gallery.TEMPLATE.read_text()
-    before, slot, after = template.partition(gallery.SLOT)
+    template = gallery.TEMPLATE.read_bytes()
+    before, slot, after = template.partition(gallery.SLOT.encode())
 
-    assert slot
-    assert page.startswith(before)
-    assert page.endswith(after)
+    assert slot, "the template has no slot"
+    assert page.encode().startswith(before), "the page's beginning is another"
+    assert page.encode().endswith(after), "the page's end is another"
 
 
 def test_the_page_tells_data_set_settings_and_losses(page, saved):

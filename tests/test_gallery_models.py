@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_another_data_set_reaches_the_page(earlier, own_data, call, a_page):
 
     expect_success(call(gallery.main))
 
-    shown = data_of((earlier / "dream_plane.html").read_text())
+    shown = data_of((earlier / "dream_plane.html").read_text(encoding="utf-8"))
     assert shown["dataset"] == "FashionMNIST"
     assert shown["classes"][:2] == ["T-shirt/top", "Trouser"]
 
@@ -419,6 +420,18 @@ def test_a_template_that_is_missing_is_one_message(template, refused, a_page):
     refused("plane.html")
 
 
+@pytest.mark.skipif(sys.flags.utf8_mode, reason="Python takes every text for UTF-8")
+def test_the_template_is_read_as_utf_8_in_any_locale(earlier, folder, a_page):
+    with open(folder / "dreams" / "plane.html", "a", encoding="utf-8") as template:
+        template.write("<!-- μ → z -->")
+
+    result = run_gallery(folder, fault=faults.ascii_by_default)
+
+    expect_success(result)
+    page = (earlier / "dream_plane.html").read_bytes()
+    assert page.endswith("<!-- μ → z -->".encode())
+
+
 def test_without_a_page_no_template_is_needed(template, earlier, call):
     template.unlink()
     save_model(earlier, latent_dim=8)
@@ -433,7 +446,9 @@ def test_beside_puts_two_models_into_one_page(earlier, folder, call, a_page):
 
     expect_success(call(gallery.main, "--beside", "b0"))
 
-    models = data_of((earlier / "dream_plane.html").read_text())["models"]
+    models = data_of((earlier / "dream_plane.html").read_text(encoding="utf-8"))[
+        "models"
+    ]
     assert [model["settings"] for model in models] == [
         first["settings"],
         second["settings"],
@@ -445,7 +460,14 @@ def test_beside_puts_two_models_into_one_page(earlier, folder, call, a_page):
 def test_without_beside_the_page_holds_one_model(earlier, call, a_page):
     expect_success(call(gallery.main))
 
-    assert len(data_of((earlier / "dream_plane.html").read_text())["models"]) == 1
+    assert (
+        len(
+            data_of((earlier / "dream_plane.html").read_text(encoding="utf-8"))[
+                "models"
+            ]
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(

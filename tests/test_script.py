@@ -6,6 +6,7 @@ Takes 15 s, and with the main job, 10 epochs on all digits, 25 to 45 s more.
 import dataclasses
 import json
 import re
+import warnings
 from types import SimpleNamespace
 
 import faults
@@ -21,6 +22,7 @@ from harness import (
     levels,
     run_job,
     run_script,
+    terminal_lines,
 )
 from torchvision.utils import make_grid
 
@@ -193,6 +195,17 @@ def test_json_is_one_line_with_the_result(small_run):
         assert loss["held_out"] == pytest.approx(held_out, abs=0.006)
 
 
+def test_bars_leave_the_terminal_to_one_line_an_epoch(small_run):
+    assert "%|" in small_run.result.stderr, "no bar was shown"
+
+    lines = terminal_lines(small_run.result.stderr)
+
+    for epoch, line in enumerate(lines, start=1):
+        told = rf"Epoch {epoch}/2: loss {NUMBER}, held-out loss {NUMBER} nats per image"
+        assert re.fullmatch(told, line), f"line {epoch} on the terminal is {line!r}"
+    assert len(lines) == 2, f"two epochs left these lines on the terminal: {lines}"
+
+
 def test_the_message_tells_the_last_epoch_and_the_weight_of_kld(
     folder, call, monkeypatch
 ):
@@ -361,6 +374,19 @@ def test_the_import_parses_loads_and_writes_nothing(folder):
     assert result.stdout == result.stderr == ""
     now = {name for name in files_in(folder) if "__pycache__" not in name}
     assert now == set(before)
+
+
+def test_warnings_of_a_user_s_own_lines_are_heard(folder, call, monkeypatch):
+    take_step = quest.train_step
+
+    def warning_step(*arguments):
+        warnings.warn("a user's own warning", stacklevel=1)
+        return take_step(*arguments)
+
+    monkeypatch.setattr(quest, "train_step", warning_step)
+
+    with pytest.warns(UserWarning, match="a user's own warning"):
+        call(quest.main, "--device", "cpu", "--epochs", "1")
 
 
 def test_denormals_are_flushed_in_every_thread_that_trains(folder):
