@@ -19,6 +19,7 @@ import torch
 from harness import (
     MNIST,
     ROOT,
+    SMALL,
     expect_success,
     make_clone,
     read_idx,
@@ -116,9 +117,6 @@ class Job(NamedTuple):
     folder: object  # the clone
     output: object  # where dream_model.pt lies
     result: object  # returncode, stdout and stderr; None if it was not run here
-
-
-SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -35,6 +36,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torchvision", "torch.utils.data", "torch.optim", "tqdm", "PIL.ImageDraw"]
 )
+
+
+# The options of the small run that many tests look at: two epochs.
+SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
 
 
 # ---- Data and clones -----------------------------------------------------------------
@@ -170,6 +175,14 @@ def expect_one_message(result, *parts, program="quest_12_1.py"):
     return lines[0].removeprefix(f"{program}: ")
 
 
+def expect_signal(result, number):
+    """Expect the process to have died of a signal, as Ctrl-C and kill do it."""
+    name = signal.Signals(number).name
+    assert result.returncode == -number, (
+        f"expected an end by {name}, not {result.returncode}: {result.stderr}"
+    )
+
+
 def expect_equal(got, expected):
     """Expect two dicts of tensors to be equal bit by bit, or tell what differs."""
     assert got.keys() == expected.keys(), (
@@ -180,8 +193,19 @@ def expect_equal(got, expected):
             f"{name}: expected the shape {tuple(tensor.shape)}, "
             f"not {tuple(got[name].shape)}"
         )
-        differ = (got[name] != tensor).sum().item()
-        assert differ == 0, f"{name}: {differ} of {tensor.numel()} numbers differ"
+        differ = got[name] != tensor
+        assert not differ.any(), f"{name}: {difference(got[name], tensor, differ)}"
+
+
+def difference(got, expected, differ):
+    """Say in words how `got` differs from `expected` where `differ` is true."""
+    most = (got.double() - expected.double()).abs()[differ].max().item()
+    first = differ.nonzero()[0].tolist()
+    return (
+        f"{differ.sum()} of {differ.numel()} numbers differ, by {most:.3g} at most; "
+        f"the first, at {first}, is {got[tuple(first)]} in place of "
+        f"{expected[tuple(first)]}"
+    )
 
 
 def expect_close(got, expected, **tolerance):
@@ -196,6 +220,23 @@ def expect_close(got, expected, **tolerance):
             **tolerance,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def expect_picture(levels, expected, what="the picture"):
+    """Expect a picture's levels to be the expected ones, up to rounding.
+
+    Where NaN is expected, they are not looked at.
+    """
+    assert levels.shape == expected.shape, (
+        f"{what}: expected the shape {tuple(expected.shape)}, not {tuple(levels.shape)}"
+    )
+    differ = (levels - expected).abs() > 1
+    assert not differ.any(), f"{what}: {difference(levels, expected, differ)}"
+
+
+def expect_no_black_picture(path, frame=0):
+    """Expect a picture, or a frame of an animation, to show something."""
+    assert levels(path, frame=frame).max() > 0, f"{path.name}, {frame}: all is black"
 
 
 def files_in(folder):

@@ -14,11 +14,12 @@ import torch
 from harness import (
     PICTURES,
     data_of,
+    expect_no_black_picture,
     expect_one_message,
     expect_same_files,
+    expect_signal,
     expect_success,
     files_in,
-    levels,
     read_idx,
     run_gallery,
     write_data,
@@ -59,22 +60,22 @@ def earlier(folder):
 
 
 @pytest.fixture
-def why_no_page(earlier):
+def no_page(earlier):
     """Why the page does not compute the script's network; None if it does."""
     return gallery.why_no_page(gallery.Run("dreams"))
 
 
 @pytest.fixture
-def a_page(why_no_page):
+def a_page(no_page):
     """For tests of the page. A test in test_gallery.py fails where there is none."""
-    if why_no_page:
-        pytest.skip(why_no_page)
+    if no_page:
+        pytest.skip(no_page)
 
 
 @pytest.fixture
-def pictures(why_no_page):
+def pictures(no_page):
     """The files that the gallery makes of a model of this network with a plane."""
-    return [name for name in PICTURES if not (why_no_page and name.endswith("html"))]
+    return [name for name in PICTURES if not (no_page and name.endswith("html"))]
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_without_a_plane_there_are_growth_and_mirror(earlier, call, latent_dim):
         assert (earlier / name).exists() == (name not in PLANE), name
         assert (name in result.stdout) == (name not in PLANE), name
     assert f"this model has {latent_dim}" in result.stdout
-    assert levels(earlier / "dream_mirror.png").max() > 0
+    expect_no_black_picture(earlier / "dream_mirror.png")
 
 
 def test_another_number_of_dreams_and_epochs_is_drawn(earlier, call):
@@ -137,7 +138,7 @@ def test_another_number_of_dreams_and_epochs_is_drawn(earlier, call):
 
     expect_success(call(gallery.main))
 
-    assert levels(earlier / "dream_growth.gif", frame=4).max() > 0
+    expect_no_black_picture(earlier / "dream_growth.gif", frame=4)
 
 
 def test_another_data_set_is_told_by_its_name(earlier, own_data, call, texts):
@@ -190,14 +191,18 @@ def test_each_frame_of_the_growth_tells_its_epoch(earlier, call, texts):
     ]
 
 
-def test_canvas_and_codes_tell_how_far_their_plane_goes(earlier, call, texts):
-    half = gallery.Run("dreams").extent
+def test_canvas_and_codes_tell_how_far_their_plane_goes(earlier, texts):
+    run = gallery.Run("dreams")
+    run.mu += 6
 
-    call(gallery.main)
+    gallery.draw_canvas(run)
+    gallery.draw_codes(run)
 
-    of_plane = [text for text in texts if "plane" in text]
-    assert len(of_plane) == 2
-    assert all(text.endswith(f"from -{half} to {half}") for text in of_plane)
+    half = run.extent
+    assert half > gallery.LEAST_EXTENT, "the plane is as wide as ever"
+    assert len(texts) == 2
+    for title in texts:
+        assert title.endswith(f"from -{half} to {half}"), title
 
 
 def test_what_a_run_does_not_draw_goes_only_when_the_rest_is_saved(
@@ -353,7 +358,7 @@ def test_a_network_that_the_page_does_not_compute_has_no_page(
         "the earlier page is still there"
     )
     assert "No page" in result.stdout
-    assert levels(earlier / "dream_canvas.png").max() > 0
+    expect_no_black_picture(earlier / "dream_canvas.png")
 
 
 # ---- Data and templates that it cannot use -------------------------------------------
@@ -429,7 +434,8 @@ def test_the_template_is_read_as_utf_8_in_any_locale(earlier, folder, a_page):
 
     expect_success(result)
     page = (earlier / "dream_plane.html").read_bytes()
-    assert page.endswith("<!-- μ → z -->".encode())
+    read_whole = page.endswith("<!-- μ → z -->".encode())
+    assert read_whole, f"the page ends with {page[-30:]}"
 
 
 def test_without_a_page_no_template_is_needed(template, earlier, call):
@@ -486,13 +492,11 @@ def test_beside_another_kind_of_model_is_one_message(
     refused("--beside", reason, arguments=["--beside", "other"])
 
 
-def test_beside_a_first_model_without_a_plane_is_one_message(earlier, folder, call):
+def test_beside_a_first_model_without_a_plane_is_one_message(earlier, folder, refused):
     save_model(earlier, latent_dim=8)
     save_model(folder / "other")
 
-    result = call(gallery.main, "--beside", "other")
-
-    expect_one_message(result, "--beside", "has 8", program="dreams.gallery")
+    refused("--beside", "has 8", arguments=["--beside", "other"])
 
 
 def test_beside_a_folder_without_a_model_is_one_message(refused):
@@ -538,6 +542,6 @@ def test_ctrl_c_is_one_line_and_keeps_the_earlier_pictures(earlier, folder):
 
     result = run_gallery(folder, fault=faults.ctrl_c_in_saving)
 
-    assert result.returncode == -signal.SIGINT
+    expect_signal(result, signal.SIGINT)
     assert result.stderr == "dreams.gallery: stopped by Ctrl-C.\n"
     expect_same_files(earlier, before)
