@@ -8,7 +8,7 @@ This module does not import the script, so that a child imports its own clone's.
 """
 
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import shutil
@@ -36,6 +36,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torchvision", "torch.utils.data", "torch.optim", "tqdm", "PIL.ImageDraw"]
 )
+
+
+def start_server():
+    """Let the server import PyTorch now, while others do something else."""
+    multiprocessing.forkserver.ensure_running()
 
 
 # The options of the small run that many tests look at: two epochs.
@@ -117,6 +122,12 @@ def run_job(folder, job):
         out = Path(printed, "out").read_bytes().decode()
         err = Path(printed, "err").read_bytes().decode()
     return subprocess.CompletedProcess(job, process.exitcode, out, err)
+
+
+def end_processes():
+    """End all processes that still run a job."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def child(folder, job, printed):

@@ -52,8 +52,8 @@ def leftovers(folder):
 def expect_untouched(folder):
     """Expect the earlier run's picture and model to be whole."""
     for name in SAVED:
-        data = (folder / "dreams" / name).read_bytes()
-        assert data == EARLIER, f"{name} is no longer the earlier one"
+        same = (folder / "dreams" / name).read_bytes() == EARLIER
+        assert same, f"{name} is no longer the earlier one"
 
 
 # ---- A run is killed, or several start at once ---------------------------------------

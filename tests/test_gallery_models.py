@@ -168,15 +168,15 @@ def test_another_data_set_reaches_the_page(earlier, own_data, call, a_page):
 
 
 def test_pictures_tell_which_run_they_are_of(earlier, call, texts):
-    save_model(earlier, beta=7.5, seed=11)
+    save_model(earlier, beta=7.5, epochs=3, seed=11)
 
     expect_success(call(gallery.main))
 
     titles = [text for text in texts if "beta 7.5" in text]
     assert len(titles) == 3, f"mirror, canvas and codes say {texts}"
     for title in titles:
-        assert "MNIST" in title
-        assert "seed 11" in title
+        for part in ("MNIST", "3 epochs", "seed 11"):
+            assert re.search(rf"\b{part}\b", title), f"no {part!r} in {title!r}"
 
 
 def test_each_frame_of_the_growth_tells_its_epoch(earlier, call, texts):
@@ -202,7 +202,8 @@ def test_canvas_and_codes_tell_how_far_their_plane_goes(earlier, texts):
     assert half > gallery.LEAST_EXTENT, "the plane is as wide as ever"
     assert len(texts) == 2
     for title in texts:
-        assert title.endswith(f"from -{half} to {half}"), title
+        told = title.endswith(f"from -{half} to {half}")
+        assert told, f"the plane goes to {half}, the title is {title!r}"
 
 
 def test_what_a_run_does_not_draw_goes_only_when_the_rest_is_saved(

@@ -43,7 +43,7 @@ def test_learn_takes_the_textbook_s_steps(digits):
     told = [loss["train"] for loss in losses]
     for epoch, (loss, textbook) in enumerate(zip(told, expected, strict=True), start=1):
         assert loss == pytest.approx(textbook, rel=1e-5), (
-            f"in epoch {epoch} the training loss is {loss - textbook:+.4f} nats off"
+            f"epoch {epoch}: {loss - textbook:+.4f} nats off the textbook's training loss"
         )
     expect_close(weights_of(model), weights_of(plain), atol=2e-4, rtol=1e-3)
     for name, weight in weights_of(model).items():
@@ -120,8 +120,9 @@ def test_accelerate_is_asked_once_an_epoch_and_its_step_is_taken(few):
     settings = quest.Settings(epochs=3)
     losses = quest.learn(*few, settings, accelerate)[2]
 
+    count = len(few[0])
     assert len(asked) == 3
-    assert sum(taken) == 3 * len(few[0])
+    assert sum(taken) == 3 * count
     assert [loss["train"] for loss in losses] == pytest.approx([3.0] * 3)
 
 
