@@ -165,7 +165,8 @@ def begin_early(request):
 
 
 def looks_at_main_job(item):
-    return "main_job" in item.fixturenames
+    """Tell it by a test's fixtures; what a browser opens is a page of the main job."""
+    return not {"main_job", "browser"}.isdisjoint(item.fixturenames)
 
 
 def pytest_collection_modifyitems(items):
