@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from subprocess import CompletedProcess
 from typing import NamedTuple
 
@@ -145,13 +145,15 @@ def small_gallery(tmp_path_factory, small_run):
 def main_run(tmp_path_factory):
     """The main job, begun: its clone, and a future of how it ends.
 
-    `begin_early` begins it. Beside other tests it takes one thread: with more, all of
-    them crawl.
+    It has one thread, as tests run beside it: with more, all of them crawl.
     """
     folder = make_clone(tmp_path_factory.mktemp("main_job"), ROOT / "data")
     with ThreadPoolExecutor() as pool:
-        yield folder, pool.submit(run_script, folder)
-        end_processes()  # the run itself, if the session ends before it
+        run = pool.submit(run_script, folder)
+        yield folder, run
+        while not run.done():  # where the session ends early
+            end_processes()
+            wait([run], timeout=0.1)
 
 
 @pytest.fixture(scope="session", autouse=True)

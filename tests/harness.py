@@ -247,7 +247,8 @@ def expect_picture(levels, expected, what="the picture"):
 
 def expect_no_black_picture(path, frame=0):
     """Expect a picture, or a frame of an animation, to show something."""
-    assert levels(path, frame=frame).max() > 0, f"{path.name}, {frame}: all is black"
+    brightest = levels(path, frame=frame).max()
+    assert brightest > 0, f"{path.name}: frame {frame} is all black"
 
 
 def files_in(folder):

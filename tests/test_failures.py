@@ -69,8 +69,8 @@ KILLS = {
 def test_a_killed_run_leaves_whole_files_and_at_most_a_hidden_folder(
     earlier, small_run, kill, moved
 ):
-    """Each file is the earlier run's or the new one's. What was not moved stays in a
-    folder .part-..., which git ignores."""
+    """Each file is the earlier run's or the new one's. The temporary folder stays,
+    .part-..., which git ignores, with what was not moved; nothing sweeps it."""
     before = files_in(earlier)
 
     result = run_script(earlier, *SMALL, fault=kill)
@@ -82,7 +82,7 @@ def test_a_killed_run_leaves_whole_files_and_at_most_a_hidden_folder(
         is_new = data == (small_run.output / name).read_bytes()
         assert is_new or data == EARLIER, f"{name} is neither the old nor the new one"
         new += is_new
-    assert new == moved, f"{new} of the files are new, not {moved}"
+    assert new == moved, f"expected {moved} of the new files, not {new}"
     for name in files_in(earlier).keys() - before.keys():
         assert name.startswith("dreams/.part-"), f"the run has left {name}"
     assert len(leftovers(earlier)) <= 1
