@@ -32,19 +32,13 @@ MNIST = ROOT / "data" / "MNIST" / "raw"
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 TIME_LIMIT = 1200  # seconds for one process; a slow machine is no failure
 
+# The options of the small run that many tests look at.
+SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torchvision", "torch.utils.data", "torch.optim", "tqdm", "PIL.ImageDraw"]
 )
-
-
-def start_server():
-    """Let the server import PyTorch now, while others do something else."""
-    multiprocessing.forkserver.ensure_running()
-
-
-# The options of the small run that many tests look at: two epochs.
-SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
 
 
 # ---- Data and clones -----------------------------------------------------------------
@@ -122,6 +116,11 @@ def run_job(folder, job):
         out = Path(printed, "out").read_bytes().decode()
         err = Path(printed, "err").read_bytes().decode()
     return subprocess.CompletedProcess(job, process.exitcode, out, err)
+
+
+def start_server():
+    """Let the server of processes import PyTorch now, not when the first is needed."""
+    multiprocessing.forkserver.ensure_running()
 
 
 def end_processes():

@@ -1,4 +1,4 @@
-"""What can go wrong with the script, what is said then, what is kept. Takes 30 s."""
+"""What can go wrong with the script, what is said then, what is kept. Takes 15 s."""
 
 import json
 import os

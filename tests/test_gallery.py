@@ -1,4 +1,4 @@
-"""What the gallery's pictures and its page's data show. Takes 10 s."""
+"""What the gallery's pictures and its page's data show. Takes 4 s."""
 
 import base64
 import getpass
@@ -245,8 +245,8 @@ def test_the_codes_show_each_held_out_digit_of_the_model(small_gallery, model, f
     picture = levels(small_gallery.output / "dream_codes.png", "RGB")[TITLE:]
 
     expected, _ = draw_codes_at(mu, targets, extent)
-    expected[: quest.SIDE] = math.nan  # the legend is in these rows
-    expect_picture(picture, expected, "the codes")
+    legend = quest.SIDE  # the rows in which it is
+    expect_equal({"codes": picture[legend:]}, {"codes": expected[legend:]})
 
 
 def test_the_codes_legend_is_a_digit_of_each_class_in_its_colour(small_gallery, few):

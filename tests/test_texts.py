@@ -1,4 +1,7 @@
-"""The pages say what is true of the programs, and their code does what it says."""
+"""The pages say what is true of the programs, and their code does what it says.
+
+Takes 12 s, and the main job, whose model the recipes draw, up to 45 s more.
+"""
 
 import json
 import re
