@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from subprocess import CompletedProcess
 from typing import NamedTuple
 
@@ -19,11 +20,14 @@ import torch
 from harness import (
     MNIST,
     ROOT,
+    SMALL,
+    end_processes,
     expect_success,
     make_clone,
     read_idx,
     run_gallery,
     run_script,
+    start_server,
     write_split,
 )
 
@@ -118,9 +122,6 @@ class Job(NamedTuple):
     result: object  # returncode, stdout and stderr; None if it was not run here
 
 
-SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
-
-
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory, few_digits):
     """A run of two epochs on few digits, into a folder that has to be made."""
@@ -141,20 +142,55 @@ def small_gallery(tmp_path_factory, small_run):
 
 
 @pytest.fixture(scope="session")
-def main_job(tmp_path_factory, pytestconfig):
+def main_run(tmp_path_factory):
+    """The main job, begun: its clone, and a future of how it ends.
+
+    It has one thread, as tests run beside it: with more, all of them crawl.
+    """
+    folder = make_clone(tmp_path_factory.mktemp("main_job"), ROOT / "data")
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(run_script, folder)
+        yield folder, run
+        while not run.done():  # where the session ends early
+            end_processes()
+            wait([run], timeout=0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begin_early(request):
+    """Begin, before the first test, what later ones would have to wait for."""
+    start_server()
+    if request.config.getoption("--trained"):
+        return
+    if any(looks_at_main_job(item) for item in request.session.items):
+        request.getfixturevalue("main_run")
+
+
+def looks_at_main_job(item):
+    """Tell it by a test's fixtures; what a browser opens is a page of the main job."""
+    return not {"main_job", "browser"}.isdisjoint(item.fixturenames)
+
+
+def pytest_collection_modifyitems(items):
+    """Let the tests that look at the main job come last, when it has ended."""
+    items.sort(key=looks_at_main_job)
+
+
+@pytest.fixture(scope="session")
+def main_job(request, tmp_path_factory):
     """The user's main job without a GPU: 10 epochs on all digits.
 
     With --trained FOLDER it is not run: FOLDER's model is taken, and `result` is None.
     """
-    folder = make_clone(tmp_path_factory.mktemp("main_job"), ROOT / "data")
-    trained = pytestconfig.getoption("--trained")
+    trained = request.config.getoption("--trained")
     if trained:
+        folder = make_clone(tmp_path_factory.mktemp("main_job"), ROOT / "data")
         shutil.copy(f"{trained}/dream_model.pt", folder / "dreams")
         return Job(folder, folder / "dreams", None)
 
-    result = run_script(folder, threads=None)
-    expect_success(result)
-    return Job(folder, folder / "dreams", result)
+    folder, run = request.getfixturevalue("main_run")
+    expect_success(run.result())
+    return Job(folder, folder / "dreams", run.result())
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ be given an argument.
 """
 
 import ctypes
+import locale
 import os
 import resource
 import signal
 import sys
 from pathlib import Path
 
-import PIL.Image
 import torch
 
 
@@ -21,14 +21,21 @@ def end_itself(number):
     return lambda *_, **__: os.kill(os.getpid(), number)
 
 
-def killed_in_writing():
-    """SIGKILL when the first picture is about to be encoded."""
-    PIL.Image.Image.save = end_itself(signal.SIGKILL)
+def killed_at(event, number):
+    """SIGKILL at the `number`-th of these events to a file that is saved.
 
+    Just before it: "open" is of a file's writing, "os.rename" of its moving.
+    """
+    kill = end_itself(signal.SIGKILL)
+    events = []
 
-def killed_in_moving():
-    """SIGKILL between the writing of all files and the moving of the first."""
-    os.replace = end_itself(signal.SIGKILL)
+    def count(name, arguments):
+        if name == event and "dream_" in str(arguments[0]):
+            events.append(name)
+            if len(events) == number:
+                kill()
+
+    sys.addaudithook(count)
 
 
 def listen_to_ctrl_c():
@@ -104,6 +111,11 @@ def no_bars():
     os.environ["TQDM_DISABLE"] = "1"
     for name in [name for name in sys.modules if name.startswith("tqdm")]:
         del sys.modules[name]
+
+
+def ascii_by_default():
+    """As in the locale C: a text file is ASCII unless its encoding is named."""
+    locale.setlocale(locale.LC_CTYPE, "C")
 
 
 def no_network():

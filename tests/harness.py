@@ -8,10 +8,11 @@ This module does not import the script, so that a child imports its own clone's.
 """
 
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -30,6 +31,9 @@ MNIST = ROOT / "data" / "MNIST" / "raw"
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 TIME_LIMIT = 1200  # seconds for one process; a slow machine is no failure
+
+# The options of the small run that many tests look at.
+SMALL = ["--json", "--epochs", "2", "--seed", "3", "--latent-dim", "2"]
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -108,9 +112,21 @@ def run_job(folder, job):
         if process.is_alive():
             process.kill()
             raise AssertionError(f"the process has not ended within {TIME_LIMIT} s")
-        out = Path(printed, "out").read_text()
-        err = Path(printed, "err").read_text()
+        # As bytes first: read as text, a bar's carriage returns would end lines.
+        out = Path(printed, "out").read_bytes().decode()
+        err = Path(printed, "err").read_bytes().decode()
     return subprocess.CompletedProcess(job, process.exitcode, out, err)
+
+
+def start_server():
+    """Let the server of processes import PyTorch now, not when the first is needed."""
+    multiprocessing.forkserver.ensure_running()
+
+
+def end_processes():
+    """End all processes that still run a job."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def child(folder, job, printed):
@@ -169,6 +185,14 @@ def expect_one_message(result, *parts, program="quest_12_1.py"):
     return lines[0].removeprefix(f"{program}: ")
 
 
+def expect_signal(result, number):
+    """Expect the process to have died of a signal, as Ctrl-C and kill do it."""
+    name = signal.Signals(number).name
+    assert result.returncode == -number, (
+        f"expected an end by {name}, not {result.returncode}: {result.stderr}"
+    )
+
+
 def expect_equal(got, expected):
     """Expect two dicts of tensors to be equal bit by bit, or tell what differs."""
     assert got.keys() == expected.keys(), (
@@ -179,8 +203,19 @@ def expect_equal(got, expected):
             f"{name}: expected the shape {tuple(tensor.shape)}, "
             f"not {tuple(got[name].shape)}"
         )
-        differ = (got[name] != tensor).sum().item()
-        assert differ == 0, f"{name}: {differ} of {tensor.numel()} numbers differ"
+        differ = got[name] != tensor
+        assert not differ.any(), f"{name}: {difference(got[name], tensor, differ)}"
+
+
+def difference(got, expected, differ):
+    """Say in words how `got` differs from `expected` where `differ` is true."""
+    most = (got.double() - expected.double()).abs()[differ].max().item()
+    first = differ.nonzero()[0].tolist()
+    return (
+        f"{differ.sum()} of {differ.numel()} numbers differ, by {most:.3g} at most; "
+        f"the first, at {first}, is {got[tuple(first)]} in place of "
+        f"{expected[tuple(first)]}"
+    )
 
 
 def expect_close(got, expected, **tolerance):
@@ -195,6 +230,24 @@ def expect_close(got, expected, **tolerance):
             **tolerance,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def expect_picture(levels, expected, what="the picture"):
+    """Expect a picture's levels to be the expected ones, up to rounding.
+
+    Where NaN is expected, they are not looked at.
+    """
+    assert levels.shape == expected.shape, (
+        f"{what}: expected the shape {tuple(expected.shape)}, not {tuple(levels.shape)}"
+    )
+    differ = (levels - expected).abs() > 1
+    assert not differ.any(), f"{what}: {difference(levels, expected, differ)}"
+
+
+def expect_no_black_picture(path, frame=0):
+    """Expect a picture, or a frame of an animation, to show something."""
+    brightest = levels(path, frame=frame).max()
+    assert brightest > 0, f"{path.name}: frame {frame} is all black"
 
 
 def files_in(folder):
@@ -214,6 +267,18 @@ def expect_same_files(folder, before):
     )
     changed = [name for name in now if now[name] != before[name]]
     assert not changed, f"changed: {changed}"
+
+
+def terminal_lines(printed):
+    """Return the lines that a terminal shows in the end: what follows a carriage return
+    is written over what was there."""
+    lines = []
+    for line in printed.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return [line for line in lines if line]
 
 
 # ---- Pictures, pages and draws -------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import sys
+import warnings
 
 import faults
 import torch
@@ -28,6 +29,7 @@ def state_of_process():
             torch.get_float32_matmul_precision(),
             torch.backends.mkldnn.matmul.fp32_precision,
         ],
+        "filters of warnings": [str(filter) for filter in warnings.filters],
         "CUDA begun": torch.cuda.is_initialized(),
     }
 

@@ -50,7 +50,8 @@ def test_the_main_job_without_any_argument_dreams_the_same_bytes_twice(clone):
         saved.append((picture, torch.load(clone / "dreams" / "dream_model.pt")))
 
     (picture, first), (again, second) = saved
-    assert picture == again, "the second run dreamt other bytes"
+    same = picture == again
+    assert same, "the second run dreamt other bytes"
     expect_equal(first["model"], second["model"])
     assert first["losses"] == second["losses"]
     # Seeds 0 to 4 ended at 153.88 to 155.84 on an H100.
@@ -63,7 +64,8 @@ def test_another_seed_dreams_other_digits(clone):
         expect_success(run_on_gpu(clone, "--epochs", "1", "--seed", seed))
         dreams.append(torch.load(clone / "dreams" / "dream_model.pt")["dreams"][-1])
 
-    assert not torch.equal(*dreams)
+    differ = dreams[0] != dreams[1]
+    assert differ.any(), "two seeds dreamt the same"
 
 
 def test_what_is_saved_opens_without_a_gpu(clone):
