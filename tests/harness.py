@@ -251,10 +251,14 @@ def expect_no_black_picture(path, frame=0):
 
 
 def files_in(folder):
-    """Return all that is below `folder`: {path: bytes, or None for a folder}."""
+    """Return all that is below `folder`: {path: bytes, or None for a folder}.
+
+    But for what Python compiles, in __pycache__: it may write that at any import.
+    """
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
     }
 
 
