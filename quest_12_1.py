@@ -14,8 +14,7 @@ of log p(x) that needs only this cloud: the evidence lower bound (ELBO) of Kingm
 Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114.
 
 A whole cloud has to decode to its image, so neighbours look alike. The bound also keeps
-the clouds where N(0, I) has its mass, so points drawn from it decode to new digits: the
-dreams.
+the clouds where most draws from N(0, I) fall, so these decode to new digits: the dreams.
 
 The loss estimates the negative bound, in nats: units of the natural logarithm. After
 ten epochs it is 153 to 156 for a held-out image, depending on the seed. An image of 0.5
@@ -125,7 +124,7 @@ def images_on(device, dataset):
     if isinstance(dataset.transform, transforms.ToTensor):
         # The same for all images at once, in 0.1 s in place of 5 s.
         images = convert_image_dtype(dataset.data)
-    else:
+    else:  # for a transform of your own
         images = torch.stack([image for image, label in dataset])
     return images.flatten(1).to(device)
 
@@ -180,8 +179,8 @@ class VAE(nn.Module):
     def forward(self, x, eps=None):
         """Encode x, draw one z for each image, decode it: return recon_x, mu, logvar.
 
-        One z is enough. The gradient that it gives is noisy but right on average over
-        eps, and training takes many small steps.
+        One z is enough. The gradient that it gives is noisy, but its average over eps
+        is the gradient of the average loss. And training takes many small steps.
         """
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar, eps)
@@ -192,13 +191,15 @@ class VAE(nn.Module):
 # Two assumptions make sums of all that follows: given z, the pixels are independent;
 # the numbers of z are independent, in q(z|x) as in p(z), which is N(0, I).
 #
+# KL(q || p) is the divergence of q from p, the mean of log q - log p over z from q. It
+# is never negative.
+#
 # By Bayes' rule, log p(x) = log p(x|z) + log p(z) - log p(z|x) for every z. Take the
 # mean over z from q(z|x), with log q(z|x) added and subtracted:
 #
 #     log p(x) = mean of log p(x|z) - KL(q(z|x) || p(z)) + KL(q(z|x) || p(z|x)).
 #
-# KL(q || p) is the divergence of q from p, the mean of log q - log p over z from q. It
-# is never negative. So without the last term the right side is a lower bound:
+# Without the last term the right side is a lower bound:
 #
 #     ELBO = mean of log p(x|z) - KL(q(z|x) || p(z)) = mean of -BCE - KLD.
 #
@@ -233,7 +234,7 @@ def loss_terms(recon_x, x, mu, logvar, beta=Settings.beta):
     which image to draw. KLD pulls them together.
     """
     # Over the pixels, too, it has to be a sum: -log p(x|z) is one. With their mean, KLD
-    # would weigh PIXELS times as much.
+    # would weigh PIXELS times as much, while Adam's step would be about as large.
     bce = F.binary_cross_entropy(recon_x, x.flatten(1), reduction="sum")
     kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())  # appendix B
     return bce + beta * kld, bce, kld
@@ -302,8 +303,12 @@ def nan_to_zero(layer, inputs, output):
     A forward hook of the decoder's last layer, so that `learn` can tell of a learning
     rate that is too high. Weights then grow until an output is NaN. That would end in
     F.binary_cross_entropy, which refuses it and stops a GPU without a message of ours.
-    With 0 in its place the step goes on. The weights keep the NaN, and `check_finite`
-    finds it there. In a run that goes well the hook changes nothing.
+    With 0 in its place the step goes on, and BCE is a number.
+
+    `check_finite` finds the failure elsewhere. If the output is NaN because a weight
+    is, the weight stays NaN, as no step of Adam mends it. If the weights are finite, a
+    sum has overflowed; in all trials so had KLD, and the training loss was inf or NaN.
+    In a run that goes well the hook changes nothing.
     """
     output.nan_to_num_()
 
@@ -341,6 +346,7 @@ def learn(x_train, x_test, settings=Settings(), accelerate=lambda step: step):
         fused=True,  # do each tensor's whole update in one pass
         capturable=True,  # let CapturedStep, below, record its update
     )
+    # A tensor serves as a data set: x_train[i] is an image.
     train_loader = DataLoader(x_train, batch_size=settings.batch_size, shuffle=True)
 
     # The dreams' z and the evaluation's eps are drawn once, apart from training's noise
@@ -408,8 +414,8 @@ class CapturedStep:
 
     def __call__(self, x):
         if self.x is None:
-            # With the first batch libraries and Adam set themselves up, which must not
-            # be recorded.
+            # With a run's first batch libraries and Adam set themselves up, which must
+            # not be recorded. Each epoch begins so.
             self.x = x.clone()
             return self.step(x)
         if x.shape != self.x.shape:
