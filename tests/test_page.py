@@ -1067,7 +1067,7 @@ def test_it_is_told_how_many_dreams_fall_in_a_cloud(page, run):
     """By 4,096 points spread evenly, within 1.5 of 100."""
     page.press("step-4").frame()
 
-    found = re.search(r"(\d+) in 100 dreams", page.words())
+    found = re.search(r"(\d+) in 100 random places", page.words())
 
     assert found, f"it is not told: {page.words()}"
     expected = 100 * within_ring(run, EPS)[0].float().mean().item()
@@ -1280,7 +1280,7 @@ ACTS = {  # what is done, and what is heard then
     ),
     "keys": (
         type_on_map(*["ArrowLeft"] * 5),
-        r"(among \ds|in no cloud), redrawn as an? \d",
+        r"(among \ds|near no digit), redrawn as an? \d",
     ),
     "clear": (lambda page: page.press("clear"), "empty"),
     "a dream": (lambda page: page.press("step-5", "dream"), r"[Dd]ream, an? \d"),
@@ -1635,6 +1635,7 @@ def test_bars_show_how_often_each_kind_is_dreamt(opened, pair_page, run, far_run
     The share of a kind is right within 0.12: four standard errors of the difference.
     """
     page = opened(pair_page)
+    page.set_size(1440, 900)  # a small window has room for the words alone
     page.press("step-5")
     page.wait(
         "while (!document.getElementById('kinds-1').ariaLabel.includes(',')) "
@@ -1651,6 +1652,9 @@ def test_bars_show_how_often_each_kind_is_dreamt(opened, pair_page, run, far_run
 
         assert len(told) == 10 and abs(told.sum() - 1) < 0.01, f"it says: {label}"
         expect_numbers(told, kinds, f"network {k + 1}: kinds", within=0.12)
+        hardly = {c for c in range(10) if told[c] < 0.01}
+        named = set(re.findall(r"\ban? (\d)", page.text(f"rare-{k}")))
+        assert named == {str(c) for c in hardly}, f"it says {page.text(f'rare-{k}')!r}"
         heights = page.script(
             f"return [...document.querySelectorAll('#kinds-{k} i')].map("
             "bar => bar.getBoundingClientRect().height)"
