@@ -1653,7 +1653,7 @@ def test_bars_show_how_often_each_kind_is_dreamt(opened, pair_page, run, far_run
         assert len(told) == 10 and abs(told.sum() - 1) < 0.01, f"it says: {label}"
         expect_numbers(told, kinds, f"network {k + 1}: kinds", within=0.12)
         hardly = {c for c in range(10) if told[c] < 0.01}
-        named = set(re.findall(r"\ban? (\d)", page.text(f"rare-{k}")))
+        named = set(re.findall(r"\b\d\b", page.text(f"rare-{k}")))
         assert named == {str(c) for c in hardly}, f"it says {page.text(f'rare-{k}')!r}"
         heights = page.script(
             f"return [...document.querySelectorAll('#kinds-{k} i')].map("
