@@ -560,6 +560,7 @@ class Page:
             x, y, hindrance = self.script(
                 """const named = document.getElementById(arguments[0]);
                 const button = named ?? [...document.querySelectorAll("button")]
+                    .filter(each => each.checkVisibility({ visibilityProperty: true }))
                     .find(each => each.textContent === arguments[0]);
                 if (!button) return [0, 0, "there is none"];
                 button.scrollIntoView({ block: "nearest" });
