@@ -201,9 +201,10 @@ class VAE(nn.Module):
 #
 # Without the last term the right side is a lower bound:
 #
-#     ELBO = mean of log p(x|z) - KL(q(z|x) || p(z)) = mean of -BCE - KLD.
+#     ELBO = mean of log p(x|z) - KL(q(z|x) || p(z)) = -(mean of BCE) - KLD.
 #
-# Raising it makes x more probable to the decoder, or q(z|x) more like p(z|x).
+# Raising it does at least one of two things: it makes x more probable to the decoder, or
+# q(z|x) more like p(z|x).
 
 
 def loss_terms(recon_x, x, mu, logvar, beta=Settings.beta):
@@ -298,17 +299,13 @@ def dream(model, z):
 
 @torch.no_grad()
 def nan_to_zero(layer, inputs, output):
-    """Replace what is not finite in a layer's output, NaN by 0, in place.
+    """A safety net, no part of the method: it changes nothing in a run that goes well.
 
-    A forward hook of the decoder's last layer, so that `learn` can tell of a learning
-    rate that is too high. Weights then grow until an output is NaN. That would end in
-    F.binary_cross_entropy, which refuses it and stops a GPU without a message of ours.
-    With 0 in its place the step goes on, and BCE is a number.
-
-    `check_finite` finds the failure elsewhere. If the output is NaN because a weight
-    is, the weight stays NaN, as no step of Adam mends it. If the weights are finite, a
-    sum has overflowed; in all trials so had KLD, and the training loss was inf or NaN.
-    In a run that goes well the hook changes nothing.
+    If the learning rate is too high, weights grow until an output of the decoder's last
+    layer is NaN. F.binary_cross_entropy refuses that, and would stop a GPU without a
+    message of ours. With 0 in its place the run goes on to the end of the epoch. There
+    `check_finite` ends it with one message: a weight that is NaN stays so; if only a
+    sum has overflowed, so had KLD in all trials: the training loss is not finite.
     """
     output.nan_to_num_()
 
