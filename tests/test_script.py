@@ -308,9 +308,7 @@ def test_the_time_of_training_is_learn_s_alone(folder, monkeypatch, call):
     assert the_line(result)["training_seconds"] == 7.0
 
 
-def test_another_data_set_is_trained_by_its_name(folder, small_run, own_data, call):
-    """MNIST's files stand in for FashionMNIST's, which have the same names."""
-    own_data.parent.rename(own_data.parents[1] / "FashionMNIST")
+def test_another_data_set_is_trained_by_its_name(folder, small_run, fashion, call):
     options = ["--device", "cpu", "--dataset", "FashionMNIST", *SMALL]
 
     result = call(quest.main, *options)
