@@ -1,4 +1,4 @@
-"""What can go wrong with the script, what is said then, what is kept. Takes 15 s."""
+"""What can go wrong with the script, what is said then, what is kept."""
 
 import json
 import os
@@ -147,8 +147,8 @@ pty.spawn(["bash", "--norc", "--noprofile", "-i"])
 class Terminal:
     """A shell on a pseudo-terminal, in `folder`: what is typed, and what it shows.
 
-    Only a terminal makes of Ctrl-C, when it is typed, a SIGINT to the shell's program. A
-    Python process keeps it (SHELL); pipes lead from and to that.
+    Only on a terminal does Ctrl-C, typed, become a SIGINT to the program that runs. A
+    Python process (SHELL) holds the terminal's other end; it is typed to through a pipe.
     """
 
     def __init__(self, folder):

@@ -1,4 +1,4 @@
-"""Which models the gallery can draw, how far, and what it says of the others. 6 s."""
+"""Which models the gallery can draw, how far, and what it says of the others."""
 
 import dataclasses
 import re

@@ -1,6 +1,6 @@
 """What a user does with the script: the main job, its options, what it saves and says.
 
-Takes 7 s, and the main job, 10 epochs on all digits, up to 45 s more.
+Needs the main job, 10 epochs on all digits.
 """
 
 import dataclasses
