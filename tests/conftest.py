@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from subprocess import CompletedProcess
 from typing import NamedTuple
 
-# Each test decides for itself whether there are bars, and none has a network: what
-# would ask for one finds a proxy that refuses. Both are read when tqdm, the browser's
-# driver and the children start.
+# Each test decides for itself whether there are progress bars, and none has a network:
+# what would ask for one finds a proxy that refuses. TQDM_DISABLE and the proxies are
+# read when tqdm, the browser's driver and the children start.
 for name in ("TQDM_DISABLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
     os.environ.pop(name, None)
     os.environ.pop(name.lower(), None)
@@ -33,7 +33,7 @@ from harness import (
 
 import quest_12_1 as quest
 
-FEW = 2000  # digits of a small run; the page shows 100 of each class
+FEW = 2000  # digits of a small run: so many that the page finds its 100 of each class
 
 
 def pytest_addoption(parser):
@@ -95,10 +95,18 @@ def own_data(folder, few_digits):
 
 
 @pytest.fixture
+def fashion(own_data):
+    """Let the clone of `folder` have FashionMNIST and no MNIST: MNIST's files stand in,
+    since they have the same names."""
+    own_data.parent.rename(own_data.parents[1] / "FashionMNIST")
+
+
+@pytest.fixture
 def call(capsys):
     """A way to call a program's `main` within this process: call(quest.main, "--json").
 
-    It returns what a process would: returncode, stdout and stderr.
+    It returns what a process would: returncode, which is main's or SystemExit's code,
+    stdout and stderr.
     """
 
     def call_main(main, *arguments):
@@ -151,7 +159,9 @@ def main_run(tmp_path_factory):
     with ThreadPoolExecutor() as pool:
         run = pool.submit(run_script, folder)
         yield folder, run
-        while not run.done():  # where the session ends early
+        # Where the session ends early. Again and again, since the job may not have
+        # begun its process yet.
+        while not run.done():
             end_processes()
             wait([run], timeout=0.1)
 
@@ -168,7 +178,7 @@ def begin_early(request):
 
 def looks_at_main_job(item):
     """Tell it by a test's fixtures; what a browser opens is a page of the main job."""
-    return not {"main_job", "browser"}.isdisjoint(item.fixturenames)
+    return "main_job" in item.fixturenames or "browser" in item.fixturenames
 
 
 def pytest_collection_modifyitems(items):

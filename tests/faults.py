@@ -21,21 +21,24 @@ def end_itself(number):
     return lambda *_, **__: os.kill(os.getpid(), number)
 
 
-def killed_at(event, number):
-    """SIGKILL at the `number`-th of these events to a file that is saved.
+def killed_at_move(number):
+    """SIGKILL just before the `number`-th file is moved to its place."""
+    moves = []
 
-    Just before it: "open" is of a file's writing, "os.rename" of its moving.
-    """
-    kill = end_itself(signal.SIGKILL)
-    events = []
-
-    def count(name, arguments):
-        if name == event and "dream_" in str(arguments[0]):
-            events.append(name)
-            if len(events) == number:
-                kill()
+    def count(event, arguments):
+        # What Python tells of os.replace is called "os.rename".
+        if event == "os.rename" and "dream_" in str(arguments[0]):
+            moves.append(arguments)
+            if len(moves) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+
+
+def killed_in_writing():
+    """SIGKILL as soon as 100,000 bytes of a file are written and more are to follow."""
+    no_room_beyond(100_000)
+    signal.signal(signal.SIGXFSZ, end_itself(signal.SIGKILL))
 
 
 def listen_to_ctrl_c():
@@ -91,7 +94,11 @@ def give_up_privileges():
 
 
 def no_room_beyond(size):
-    """Let no file grow beyond `size` bytes, as if the disk were full."""
+    """Let no file grow beyond `size` bytes, as if the disk were full.
+
+    The reason is then "File too large", and not "No space left on device": both are an
+    OSError.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 

@@ -232,16 +232,16 @@ def expect_close(got, expected, **tolerance):
         )
 
 
-def expect_picture(levels, expected, what="the picture"):
+def expect_picture(got, expected, what="the picture"):
     """Expect a picture's levels to be the expected ones, up to rounding.
 
     Where NaN is expected, they are not looked at.
     """
-    assert levels.shape == expected.shape, (
-        f"{what}: expected the shape {tuple(expected.shape)}, not {tuple(levels.shape)}"
+    assert got.shape == expected.shape, (
+        f"{what}: expected the shape {tuple(expected.shape)}, not {tuple(got.shape)}"
     )
-    differ = (levels - expected).abs() > 1
-    assert not differ.any(), f"{what}: {difference(levels, expected, differ)}"
+    differ = (got - expected).abs() > 1
+    assert not differ.any(), f"{what}: {difference(got, expected, differ)}"
 
 
 def expect_no_black_picture(path, frame=0):
@@ -271,6 +271,29 @@ def expect_same_files(folder, before):
     )
     changed = [name for name in now if now[name] != before[name]]
     assert not changed, f"changed: {changed}"
+
+
+def expect_old_or_new(now, old, new, replaced):
+    """Expect `replaced` of the files `old` to be wholly the new ones, the others wholly
+    the old ones, and beside them at most one temporary folder, .part-...
+
+    now, old, new: what `files_in` returns.
+    """
+    gone = sorted(old.keys() - now.keys())
+    assert not gone, f"disappeared: {gone}"
+    for name, data in old.items():
+        assert now[name] in (data, new[name]), (
+            f"{name}: expected the old {len(data)} bytes or the new {len(new[name])}, "
+            f"not these {len(now[name])}"
+        )
+    changed = [name for name in old if now[name] != old[name]]
+    assert len(changed) == replaced, f"expected {replaced} new files, not {changed}"
+
+    appeared = sorted(now.keys() - old.keys())
+    folders = [name for name in appeared if now[name] is None]
+    hidden = [name for name in appeared if "/.part-" in name]
+    assert appeared == hidden, f"appeared beside .part-...: {appeared}"
+    assert len(folders) <= 1, f"expected one temporary folder at most, not {folders}"
 
 
 def terminal_lines(printed):

@@ -1,4 +1,4 @@
-"""A captured step does what the step does, bit by bit. Takes 3 s.
+"""A captured step does what the step does, bit by bit.
 
 With CUDA's graphs where there is a GPU, otherwise with the stand-in of stand_ins.py.
 """

@@ -1,4 +1,4 @@
-"""What the gallery's pictures and its page's data show. Takes 4 s."""
+"""What the gallery's pictures and its page's data show."""
 
 import base64
 import getpass

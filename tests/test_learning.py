@@ -1,4 +1,4 @@
-"""Learning, held to the steps of a textbook; what it tells and what it refuses. 3 s."""
+"""Learning, held to the steps of a textbook; what it tells and what it refuses."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The model and its loss, held to torch.distributions; the images. Takes 1 s."""
+"""The model and its loss, held to torch.distributions; the images."""
 
 import dataclasses
 import hashlib

@@ -1,6 +1,6 @@
 """What a user does with the script: the main job, its options, what it saves and says.
 
-Takes 7 s, and the main job, 10 epochs on all digits, up to 45 s more.
+Needs the main job, 10 epochs on all digits.
 """
 
 import dataclasses
@@ -308,9 +308,7 @@ def test_the_time_of_training_is_learn_s_alone(folder, monkeypatch, call):
     assert the_line(result)["training_seconds"] == 7.0
 
 
-def test_another_data_set_is_trained_by_its_name(folder, small_run, own_data, call):
-    """MNIST's files stand in for FashionMNIST's, which have the same names."""
-    own_data.parent.rename(own_data.parents[1] / "FashionMNIST")
+def test_another_data_set_is_trained_by_its_name(folder, small_run, fashion, call):
     options = ["--device", "cpu", "--dataset", "FashionMNIST", *SMALL]
 
     result = call(quest.main, *options)

@@ -1,4 +1,4 @@
-"""The whole job on a second device, "far", in place of a GPU. Takes 6 s.
+"""The whole job on a second device, "far", in place of a GPU.
 
 The CPU computes for it, so the results must be the CPU's, bit by bit. stand_ins.py says
 what it can show and what not.

@@ -1,6 +1,6 @@
 """The pages say what is true of the programs, and their code does what it says.
 
-Takes 12 s, and the main job, whose model the recipes draw, up to 45 s more.
+Needs the main job, whose model the recipes draw.
 """
 
 import json
