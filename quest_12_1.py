@@ -17,9 +17,9 @@ A whole cloud has to decode to its image, so neighbours look alike. The bound al
 the clouds where most draws from N(0, I) fall, so these decode to new digits: the dreams.
 
 The loss estimates the negative bound, in nats: units of the natural logarithm. After
-ten epochs it is 153 to 156 for a held-out image, depending on the seed. An image of 0.5
-for every pixel costs 543. Training takes 2 to 3 s on an NVIDIA H100, 45 s on one thread
-of an AMD EPYC.
+ten epochs it is 153 to 156 for a held-out image, depending on the seed. With 0.5 for
+every pixel it would be 543. Training takes 2 to 3 s on an NVIDIA H100, 45 s on one
+thread of an AMD EPYC.
 
 Reads data/MNIST. Writes dreams/dream_sample.png, a grid of 64 dreams, and
 dreams/dream_model.pt, the model, which `python -m dreams.gallery` draws.
