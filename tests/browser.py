@@ -412,6 +412,27 @@ class Page:
         """Return how much ink there is on the pad, from 0 to 1: (height, width)."""
         return self.pixels("pad")[..., 3] / 255
 
+    def written(self, name):
+        """Return where words are written on a canvas when the window's size is told:
+        {words: [right, down]}, as shares of its width and height."""
+        return self.wait(
+            """const canvas = document.getElementById(arguments[0]), places = {};
+            const on = canvas.getContext("2d"), { width, height } = canvas;
+            on.fillText = (words, left, top) => {
+                const point = new DOMPoint(left, top);
+                const { x, y } = on.getTransform().transformPoint(point);
+                places[words] = [x / width, y / height];
+            };
+            dispatchEvent(new Event("resize"));
+            await frame();
+            await frame();
+            delete on.fillText;
+            dispatchEvent(new Event("resize"));
+            await frame();
+            return places;""",
+            name,
+        )
+
     def listen(self):
         """Begin to count how often something is said to a person who does not see."""
         self.script(

@@ -87,12 +87,12 @@ def heavy_run(folders, run):
 def far_run(folders, run):
     """The main job's model on a plane three times as wide, as a model of beta 0 has it.
 
-    Each cloud is three times as far out and as wide, and the decoder takes it back.
+    Each cloud is three times as far out and a third as wide; the decoder takes it back.
     """
     model = copy.deepcopy(run.model)
     for tensor in (model.encoder_mu.weight, model.encoder_mu.bias):
         tensor.mul_(3)
-    model.encoder_logvar.bias.add_(2 * math.log(3))
+    model.encoder_logvar.bias.sub_(2 * math.log(3))
     model.decoder_hidden.weight.div_(3)
     return run_of(folders(), run, model, beta=0.0)
 
@@ -274,19 +274,43 @@ def test_the_page_s_loss_is_pytorch_s(opened, any_run):
 
 
 # ---- A digit in hand -----------------------------------------------------------------
-def test_a_class_button_takes_the_next_digit_of_its_class(page, run):
+def test_a_class_button_takes_the_digit_that_it_shows_the_next_of_its_class(page, run):
     x, _ = held_by(run)
 
-    for c in range(10):
-        of_class = x[c::10]
+    taken = []
+    for c in (*range(10), 9):
+        on_button = button_picture(page, f"class-{c}").amax(dim=1)
         page.press(f"class-{c}")
-        same = (of_class - page.shown()[0]).abs().amax(dim=1) < 1e-3
+        in_hand = page.shown()[0]
+        same = (x[c::10] - in_hand).abs().amax(dim=1) < 1e-3
         assert same.any(), f"x is no held-out {c} that the page holds"
+        alike = F.cosine_similarity(on_button, in_hand, dim=0).item()
+        assert alike > 0.99, f"the button showed another {c}: {alike:.2f} alike"
+        taken.append(same.nonzero()[0].item())
 
-    first = same.nonzero()[0].item()
-    page.press("class-9")
-    same = (of_class - page.shown()[0]).abs().amax(dim=1) < 1e-3
-    assert same[(first + 1) % len(of_class)], f"it is not the 9 after number {first}"
+    *_, first, second = taken
+    next_one = (first + 1) % (len(x) // 10)
+    assert second == next_one, f"it is 9 number {second}, after number {first}"
+
+
+def button_picture(page, name):
+    """Return the pixels of the picture on a button, from 0 to 255: (PIXELS, 3)."""
+    pixels = page.script(
+        """const canvas = document.getElementById(arguments[0]).firstChild;
+        const { width, height } = canvas;
+        return [...canvas.getContext("2d").getImageData(0, 0, width, height).data];""",
+        name,
+    )
+    return torch.tensor(pixels, dtype=torch.float32).view(-1, 4)[:, :3]
+
+
+def test_a_hard_digit_is_another_at_each_press(page):
+    page.press("step-3", "hard")
+    first = page.shown()[0]
+
+    page.press("hard")
+
+    assert not torch.equal(page.shown()[0], first), "it is the same digit again"
 
 
 def test_a_digit_in_hand_is_on_the_pad_encoded_and_redrawn(page, run):
@@ -447,6 +471,15 @@ def test_a_cancelled_stroke_loses_nothing(page, before):
         assert torch.equal(now, then), f"{name} is another than before the stroke"
     differ = (page.pixels("pad") != pad).any(dim=2).sum().item()
     assert differ == 0, f"{differ} pixels of the pad are others than before the stroke"
+
+
+def test_a_tap_does_not_draw_over_a_digit(page):
+    page.press("class-3").frame()
+    x = page.shown()[0]
+
+    page.drag("pad", [(0.5, 0.5)])
+
+    assert torch.equal(page.shown()[0], x), "a tap has drawn over the digit"
 
 
 def test_a_second_finger_neither_draws_nor_ends_the_stroke(page):
@@ -663,6 +696,15 @@ def test_zooming_in_shows_less_of_the_plane_and_zooming_out_all_of_it(page, run,
     expect_numbers(span(page), whole, "zoomed out again", within=0.05)
 
 
+def test_where_the_page_scrolls_the_wheel_does_not_zoom(page):
+    page.set_size(*PHONES["phone"])
+    before = span(page)
+
+    page.wheel("map", (0.5, 0.5), -120)
+
+    expect_numbers(span(page), before, "in sight after the wheel", within=0.05)
+
+
 def test_one_can_zoom_into_a_cloud_of_std_0_04_and_0_shows_all(page, run):
     page.press("class-1")
     page.focus("map")
@@ -760,6 +802,27 @@ def test_wider_widens_the_cloud_about_its_middle_and_takes_it_back(page):
         assert told == (times > 1), f"{times} times as wide: {page.text('tally')}"
 
 
+def test_the_tally_tells_what_the_draws_look_like(page, run):
+    """By the 9 digits most like each draw; less than 6 votes leave a doubt."""
+    x, _ = held_by(run)
+    page.press("step-2")
+    for c in (3, 4, 5, 8):
+        page.press(f"class-{c}", "wider", "wider", "wider").frame()
+
+        told = re.findall(r"(\d+) like (\d)s", page.text("tally"))
+        draws = page.small_pictures("draw-strip")
+
+        assert len(told) > 1, f"eight times as wide: {page.text('tally')}"
+        alike = (small(draws) @ small(x).T).topk(9).indices % 10
+        kinds, votes = F.one_hot(alike, 10).sum(dim=1).max(dim=1)[::-1]
+        certain = torch.bincount(kinds[votes >= 6], minlength=10).tolist()
+        doubtful = (votes < 6).sum().item()
+        for n, kind in told:
+            least = certain[int(kind)]
+            said = f"{least} to {least + doubtful} look like a {kind}, not {n}"
+            assert least <= int(n) <= least + doubtful, f"{page.text('tally')} {said}"
+
+
 @pytest.mark.parametrize(("axis", "kind"), [(0, "mouse"), (1, "touch")])
 def test_the_edge_pulled_twice_as_far_doubles_the_width(page, run, axis, kind):
     """The width on its own axis alone."""
@@ -773,6 +836,20 @@ def test_the_edge_pulled_twice_as_far_doubles_the_width(page, run, axis, kind):
     wider[axis] = 2 * math.log(2)
     expect_cloud(page, mu, logvar + wider, within=0.25)
     assert page.shown()[2][1 - axis] == logvar[1 - axis], "the other axis is wider too"
+
+
+def test_the_ring_pulled_outwards_widens_the_cloud_on_both_axes(page, run):
+    """Pulled towards the middle of the map, between two handles, 1.4 times as far."""
+    _, mu, logvar, _ = hold_cloud(page, run, 3)
+    times = 0.12 * run.extent / torch.exp(logvar / 2).mean().item()
+    page.type(*["]"] * round(math.log(times) / math.log(1.08)))
+    page.frame()
+    _, mu, logvar = page.shown()
+    slant = -torch.sign(mu) * torch.exp(logvar / 2) * math.sqrt(0.5)
+
+    page.drag("map", [on_map(run, mu + far * slant) for far in (2, 2.8)])
+
+    expect_cloud(page, mu, logvar + 2 * math.log(1.4), within=0.15)
 
 
 def test_keys_move_and_widen_the_cloud(page, run):
@@ -796,19 +873,63 @@ def test_keys_move_and_widen_the_cloud(page, run):
         page.frame()
 
 
+def test_a_white_ring_stays_where_the_encoder_s_cloud_was(page, run):
+    _, mu, logvar, (right, down) = hold_cloud(page, run, 0)
+
+    page.drag("map", [(right, down), (right, down - 0.3 if down > 0.5 else down + 0.3)])
+    page.move_away()
+    page.frame()
+
+    ring_of_two = mu + 2 * torch.exp(logvar / 2) * CIRCLE
+    white = share_of_white(page, run, ring_of_two)
+    assert white > 0.2, f"{white:.0%} of its ring are white, of dashes"
+
+
+CIRCLE = torch.linspace(0, 2 * math.pi, 721)[:-1]
+CIRCLE = torch.stack((CIRCLE.cos(), CIRCLE.sin()), dim=1)
+
+
+def share_of_white(page, run, points):
+    """Return how many of the points: (N, 2) are white on the whole map, as a share."""
+    grey = page.pixels("map")[..., :3].amin(dim=2)
+    share = 0.5 + points * torch.tensor([1, -1]) / (2 * run.extent)
+    right, down = (share * len(grey)).long().clamp(0, len(grey) - 1).unbind(dim=1)
+    return (grey[down, right] > 200).float().mean().item()
+
+
+def test_average_is_the_mean_of_what_the_cloud_is_redrawn_as(page, run):
+    """Nearer to it by far than to what the cloud's middle is redrawn as."""
+    _, mu, logvar, _ = hold_cloud(page, run, 8)
+
+    page.type(*["]"] * 24)
+    page.frame()
+
+    logvar = logvar + 2 * 24 * math.log(1.08)
+    mean = run.model.decode(mu + torch.exp(logvar / 2) * EPS).mean(dim=0)
+    of_middle = (mean - run.model.decode(mu[None])[0]).abs().max().item()
+    assert of_middle > 0.03, f"they differ by {of_middle:.3f} alone"
+    off = (page.image("redrawn") - mean).abs().max().item()
+    assert off < of_middle / 2, f"off by {off:.2f}; the middle's is by {of_middle:.2f}"
+
+
 @pytest.mark.parametrize("c", [0, 7])
-def test_costs_are_those_of_pytorch_against_the_encoder_s_choice(opened, any_run, c):
+def test_costs_are_pytorch_s_at_the_encoder_s_choice_and_against_it(opened, any_run, c):
     """In nats, weighted by beta, for a cloud moved and made 1.6 times as wide."""
     run, path = any_run
     page = opened(path)
     x, mu, logvar, _ = hold_cloud(page, run, c)
+    of_choice = costs_of(run, x, mu, logvar)
+    verdict = page.text("verdict")
     page.type("ArrowRight", "ArrowUp", *["]"] * 6)
 
     got = page.costs()
 
+    loss, bce, kld = of_choice.tolist()
+    told = torch.tensor([float(number) for number in re.findall(r"\d+\.\d", verdict)])
+    expected = torch.tensor([bce, run.settings.beta * kld, loss])
+    expect_numbers(told, expected, f"{verdict!r}: BCE, KLD, loss", within=0.2)
     _, moved, wide = page.shown()
-    difference = costs_of(run, x, moved, wide) - costs_of(run, x, mu, logvar)
-    loss, bce, kld = difference.tolist()
+    loss, bce, kld = (costs_of(run, x, moved, wide) - of_choice).tolist()
     expected = {"picture": bce, "cloud": run.settings.beta * kld, "together": loss}
     most = max(map(abs, expected.values()))
     assert most > 0.3, f"the cloud was not changed enough: by {most:.2f} nats"
@@ -844,24 +965,57 @@ def test_the_pull_of_the_costs_is_pytorch_s_gradient(opened, any_run):
         expect_numbers(got, expected, f"digit {n}: slopes", within=0.3, share=0.1)
 
 
-def test_an_orange_arrow_points_from_the_cloud_to_the_middle(page, run):
-    """Where the cloud's own cost pulls it; the cloud is far out on either side."""
-    *_, place = hold_cloud(page, run, 3)
-    for side in (-1, 1):
-        page.press("choice").frame()
-        page.drag("map", [place, on_map(run, [0.8 * side * run.extent, 0.0])])
+def arrow(pixels, place, colour):
+    """Return which way an arrow of a colour goes from a cloud's middle: (2,), right and
+    up, of length 1; or None if there is none.
+
+    It begins beyond the middle's disc, and is followed as far as the handles.
+    """
+    right, down = [int(share * len(pixels)) for share in place]
+    around = pixels[down - 24 : down + 25, right - 24 : right + 25]
+    red, green, blue, _ = around.unbind(dim=2)
+    seen = {
+        "orange": (red > 200) & (green - blue > 70) & (red - green > 60),
+        "blue": (blue > 200) & (green - red > 50) & (blue - green > 30),
+    }[colour]
+    ways = (seen.nonzero() - 24).flip(1) * torch.tensor([1.0, -1.0])
+    ways = ways[(ways.norm(dim=1) > 14) & (ways.norm(dim=1) < 24)]
+    return F.normalize(ways.mean(dim=0), dim=0) if len(ways) > 4 else None
+
+
+def test_arrows_point_where_each_cost_pulls_the_cloud(page, run):
+    """The orange one to the middle, the blue one down the picture's cost.
+
+    The cloud, its ring narrow, is far out in the four corners of the map, where the
+    handles lie aside; in one of them the blue arrow may cover the orange one.
+    """
+    x, _, logvar, place = hold_cloud(page, run, 3)
+    times = torch.exp(logvar / 2).max().item() / (0.02 * run.extent)
+    page.type(*["["] * math.ceil(math.log(max(times, 1)) / math.log(1.08)))
+    seen = 0
+    for corner in torch.tensor([[-1.0, -1], [-1, 1], [1, -1], [1, 1]]):
+        end = on_map(run, 0.75 * run.extent * corner)
+        page.drag("map", [place, end])
         page.move_away()
         page.frame()
+        place = end
 
-        middle = torch.tensor(on_map(run, page.shown()[1]))
+        _, mu, logvar = page.shown()
         pixels = page.pixels("map")
-        right, down = (middle * len(pixels)).long().tolist()
-        strip = pixels[down - 3 : down + 4, right - 30 : right + 31]
-        red, green, blue, _ = strip.unbind(dim=2)
-        orange = ((red > 200) & (green - blue > 70) & (red - green > 60)).sum(dim=0)
-        inwards, outwards = [orange[30 - side * k].item() for k in (16, -16)]
-        said = f"on side {side}: {inwards} pixels inwards, {outwards} outwards"
-        assert inwards > 0 and outwards == 0, f"{said}, 16 pixels from its middle"
+        orange, blue = [arrow(pixels, place, name) for name in ("orange", "blue")]
+        at = f"at {', '.join(f'{value:.1f}' for value in mu)}"
+
+        mu.requires_grad_()
+        bce = costs_of(run, x, mu, logvar, eps=EPS[:64])[1]
+        downhill = -torch.autograd.grad(bce, mu)[0] * torch.exp(logvar / 2)
+        assert blue is not None, f"{at} there is no blue arrow"
+        off = F.cosine_similarity(blue, downhill, dim=0).item()
+        assert off > 0.9, f"{at} blue goes {blue.tolist()}, not {downhill.tolist()}"
+        if orange is not None:
+            off = F.cosine_similarity(orange, -mu, dim=0).item()
+            assert off > 0.7, f"{at} orange goes {orange.tolist()}, not to the middle"
+            seen += 1
+    assert seen >= 3, f"in {seen} of 4 corners there is an orange arrow"
 
 
 def test_the_encoder_s_choice_comes_back_with_all_costs_at_zero(page, run):
@@ -874,6 +1028,15 @@ def test_the_encoder_s_choice_comes_back_with_all_costs_at_zero(page, run):
 
     assert set(page.costs().values()) == {0.0}, f"the costs are {page.costs()}"
     expect_cloud(page, mu, logvar, within=0)
+
+
+def test_another_step_begins_with_the_encoder_s_cloud(page, run):
+    _, mu, logvar, _ = hold_cloud(page, run, 3)
+    page.type("ArrowRight", "]")
+
+    page.press("step-2").frame()
+
+    expect_cloud(page, mu, logvar, within=1e-3)
 
 
 def roll(page):
@@ -891,7 +1054,14 @@ def roll(page):
     raise AssertionError("the cloud has not rolled anywhere in 3,000 frames")
 
 
-def test_the_verdict_says_whose_cloud_costs_less(page, run):
+def count_white(page):
+    """Return how many pixels of the map are white."""
+    page.frame()
+    return (page.pixels("map")[..., :3].amin(dim=2) > 240).sum().item()
+
+
+def test_the_verdict_says_whose_cloud_costs_less_and_a_roll_s_way_is_seen(page, run):
+    """The way is a white line on the map, until a hand moves the cloud."""
     hold_cloud(page, run, 5)
     page.type(*["ArrowRight"] * 25)
     moved_away = page.costs()["together"]
@@ -900,13 +1070,20 @@ def test_the_verdict_says_whose_cloud_costs_less(page, run):
     page.press("hard")
     roll(page)
     rolled = page.costs()["together"]
-    of_roll = page.text("verdict")
+    of_roll, with_way = page.text("verdict"), count_white(page)
+
+    page.focus("map")
+    page.type("ArrowRight")
+    without = count_white(page)
+    of_hand_again = page.text("verdict")
 
     assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
     assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
     assert rolled < -3, f"a hard digit gains only {rolled}"
     assert "Rolling" in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert "better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
+    assert with_way > without + 30, f"white: {with_way} pixels, {without} without a way"
+    assert "Rolling" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
 
 
 def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(opened, any_run):
@@ -950,9 +1127,9 @@ def test_a_cloud_is_seen_to_roll_and_stops_when_anything_is_done(page, run, what
     assert not page.wait(moving), f"the cloud rolls on after {what}"
 
 
-@pytest.mark.parametrize("c", [0, 4])
-def test_the_glow_lies_where_the_digit_is_explained_best(page, run, c):
-    """Where p(z|x) is greatest, by PyTorch on a fine grid, within two cells."""
+def expect_glow(page, run, c):
+    """Expect the brightest place to be that where p(z|x), by PyTorch on a fine grid, is
+    greatest, within two cells; without the cloud's cost that is p(x|z)."""
     x, mu, _, place = hold_cloud(page, run, c)
     page.type("+", "+", "+")
     page.frame()
@@ -972,9 +1149,15 @@ def test_the_glow_lies_where_the_digit_is_explained_best(page, run, c):
     bce = F.binary_cross_entropy(
         run.model.decode(z), x.expand(len(z), -1), reduction="none"
     )
-    best = z[(bce.sum(dim=1) + z.pow(2).sum(dim=1) / 2).argmin()]
+    prior = run.settings.beta > 0  # else the place that explains x is that of BCE alone
+    best = z[(bce.sum(dim=1) + prior * z.pow(2).sum(dim=1) / 2).argmin()]
     cells = 0.03 * run.extent  # two of the map at this size
     expect_numbers(brightest, best, "the brightest place", within=cells)
+
+
+@pytest.mark.parametrize("c", [0, 4])
+def test_the_glow_lies_where_the_digit_is_explained_best(page, run, c):
+    expect_glow(page, run, c)
 
 
 def in_sight(place):
@@ -1054,6 +1237,21 @@ def test_keys_go_from_cloud_to_cloud_and_enter_takes_one(page, run):
     expect_picture(page.shown()[0], seen, "x after Enter")
 
 
+def test_the_name_of_each_class_is_written_at_its_clouds(page, run):
+    """At the median of their middles, or of another class that lies as near: names
+    that lie too near are moved apart. One or two may go farther."""
+    _, mu = held_by(run)
+    page.press("step-4").frame()
+
+    written = page.written("map")
+
+    medians = [on_map(run, mu[c::10].median(dim=0).values) for c in range(10)]
+    names = torch.tensor([written[str(c)] for c in range(10)])
+    near = torch.cdist(names, torch.tensor(medians)).topk(2, largest=False).indices
+    own = [c for c in range(10) if c in near[c]]
+    assert len(own) >= 8, f"of the names, {own} alone are at their class"
+
+
 def within_ring(run, z):
     """Return whether each z: (N, 2) lies within 2 std of a digit's code that the page
     holds: (N,); and how far the nearest of these rings is, in std: (N,)."""
@@ -1067,23 +1265,23 @@ def test_it_is_told_how_many_dreams_fall_in_a_cloud(page, run):
     """By 4,096 points spread evenly, within 1.5 of 100."""
     page.press("step-4").frame()
 
-    found = re.search(r"(\d+) in 100 random places", page.words())
+    expect_cover(page.words(), run)
 
-    assert found, f"it is not told: {page.words()}"
+
+def expect_cover(words, run):
+    """Expect it to be told in words how many dreams in 100 fall in a cloud of a run."""
+    found = re.search(r"(\d+) in 100 (random places|in a cloud)", words)
+    assert found, f"it is not told: {words}"
     expected = 100 * within_ring(run, EPS)[0].float().mean().item()
     told = int(found[1])
-    assert abs(told - expected) < 1.5, f"{told} are told; there are {expected:.1f}"
+    assert abs(told - expected) < 1.5, (
+        f"{told} in 100 are told; there are {expected:.1f}"
+    )
 
 
 def brightest_pixel(page, name):
     """Return the brightest pixel of the picture on a button: (3,)."""
-    pixels = page.script(
-        """const canvas = document.getElementById(arguments[0]).firstChild;
-        const { width, height } = canvas;
-        return [...canvas.getContext("2d").getImageData(0, 0, width, height).data];""",
-        name,
-    )
-    pixels = torch.tensor(pixels, dtype=torch.float32).view(-1, 4)[:, :3]
+    pixels = button_picture(page, name)
     return pixels[pixels.sum(dim=1).argmax()]
 
 
@@ -1109,18 +1307,12 @@ def test_the_outer_circle_holds_99_in_100_dreams(page, run, step):
     """1 - exp(-3 ** 2 / 2) of N(0, I) is 0.989; it is seen at 3, and at no other."""
     page.press(step).frame()
     page.settle()
-    grey = page.pixels("map")[..., :3].amin(dim=2)
-    angles = torch.linspace(0, 2 * math.pi, 721)[:-1]
 
-    def white(radius):
-        points = radius * torch.stack((angles.cos(), angles.sin()), dim=1)
-        share = 0.5 + points * torch.tensor([1, -1]) / (2 * run.extent)
-        right, down = (share * len(grey)).long().unbind(dim=1)
-        return (grey[down, right] > 200).float().mean().item()
+    white = {at: share_of_white(page, run, at * CIRCLE) for at in (3, 2.6, 3.4)}
 
-    assert white(3) > 0.4, f"there is no circle: {white(3):.0%} is white"
+    assert white[3] > 0.4, f"there is no circle: {white[3]:.0%} is white"
     for other in (2.6, 3.4):
-        assert white(other) < 0.3, f"at {other}, {white(other):.0%} is white"
+        assert white[other] < 0.3, f"at {other}, {white[other]:.0%} is white"
 
 
 def test_alone_no_word_is_said_of_another_model(page):
@@ -1137,24 +1329,38 @@ def test_alone_no_word_is_said_of_another_model(page):
 def test_dreams_are_drawn_from_the_standard_normal_distribution(page):
     """120 dreams, two numbers each: the bounds are five standard errors."""
     page.press("step-5")
-    told = page.wait(
-        """const texts = [];
-        for (let k = 0; k < 120; k++) {
-            document.getElementById("dream").click();
-            await frame();
-            texts.push(document.getElementById("told-where").textContent);
-        }
-        return texts;"""
-    )
 
-    pairs = [re.findall(r"−?\d+\.\d\d", text) for text in told]
-    z = torch.tensor([[float(n.replace("−", "-")) for n in pair] for pair in pairs])
-    assert z.shape == (120, 2), f"no place is told of some dreams: {told}"
+    z, _ = dream(page, 120)
+
     mean, std = z.mean().item(), z.std().item()
     assert abs(mean) < 5 / math.sqrt(240), f"expected a mean of 0, not {mean:.2f}"
     assert abs(std - 1) < 5 / math.sqrt(480), f"expected a std of 1, not {std:.2f}"
     far = (z.abs() > 2).sum().item()
     assert 1 <= far <= 40, f"expected some 11 of 240 numbers beyond 2, not {far}"
+
+
+def dream(page, times):
+    """Dream so often; return the places that are told, (times, 2), and whether each
+    network's picture of the dream is underlined, (times, networks)."""
+    told = page.wait(
+        """const dreams = [];
+        for (let k = 0; k < arguments[0]; k++) {
+            document.getElementById("dream").click();
+            await frame();
+            const pictures = document.querySelectorAll(".strip canvas:last-child");
+            dreams.push([
+                document.getElementById("told-where").textContent,
+                [...pictures].filter(each => each.closest("#networks")).map(each =>
+                    getComputedStyle(each).boxShadow !== "none"),
+            ]);
+        }
+        return dreams;""",
+        times,
+    )
+    pairs = [re.findall(r"−?\d+\.\d\d", text) for text, _ in told]
+    assert all(len(pair) == 2 for pair in pairs), f"a dream's place is not told: {told}"
+    z = torch.tensor([[float(n.replace("−", "-")) for n in pair] for pair in pairs])
+    return z, torch.tensor([lines for _, lines in told])
 
 
 def test_the_last_ten_dreams_stay_in_sight(page):
@@ -1186,6 +1392,36 @@ def test_of_each_dream_it_is_told_whether_it_lay_in_a_cloud(page, run):
         ".map(canvas => getComputedStyle(canvas).boxShadow !== 'none')"
     )
     assert underlined == last, f"underlined: {underlined}, in a cloud: {last}"
+
+
+def test_each_dream_is_a_white_dot_on_the_map(page, run):
+    """But for those at the last one's picture, and at the map's edge."""
+    page.press("step-5")
+
+    *earlier, last = dream(page, 10)[0]
+
+    page.move_away()
+    page.frame()
+    half = min(4, run.extent)  # of what step 5 shows
+    seen = 0
+    for z in earlier:
+        if (z - last).abs().max() > 0.3 * half and z.abs().max() < 0.95 * half:
+            dot = (z + 0.01 * half * CIRCLE) * run.extent / half
+            white = share_of_white(page, run, dot)
+            assert white > 0.3, f"{white:.0%} of a dot are white at {z.tolist()}"
+            seen += 1
+    assert seen, f"no dream is apart from the last: {earlier}, {last}"
+
+
+def test_ten_dreams_are_ten_others(page):
+    page.press("step-5")
+    before = page.small_pictures("dream-strip-0")
+
+    page.press("dream-ten").frame()
+
+    after = page.small_pictures("dream-strip-0")
+    same = (torch.cdist(after, before).min(dim=1).values < 0.1).sum().item()
+    assert not same, f"{same} of the ten are the ones before"
 
 
 def test_step_5_has_dreams_from_the_start(page):
@@ -1494,9 +1730,13 @@ def test_the_symbols_tell_the_run_and_the_cloud_in_numbers(page, run):
     page.open_symbols()
     page.frame()
 
-    _, mu, logvar = page.shown()
+    x, mu, logvar = page.shown()
     told = page.text("symbols")
 
+    _, copy_bce, _ = quest.loss_terms(*[part[None] for part in (x, x, mu, logvar)])
+    found = re.search(r"a perfect copy of x costs (\d+\.\d)", told)
+    off = abs(float(found[1]) - copy_bce.item())
+    assert off < 0.1, f"{found[0]}, off by {off:.1f}"
     losses = run.losses[-1]
     assert f"held-out loss {losses['held_out']:.2f}" in told
     assert f"BCE {losses['bce']:.2f}, KLD {losses['kld']:.2f}" in told
@@ -1561,17 +1801,27 @@ def test_a_model_of_far_out_codes_has_a_map_that_holds_them(opened, far_page, fa
             expect_picture(page.image("pad"), x[k], "the pad at a cloud far out")
 
 
+def test_the_glow_of_a_model_of_beta_0_is_not_pulled_inwards(opened, far_page, far_run):
+    expect_glow(opened(far_page), far_run, 7)
+
+
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
 CLOTHES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
-def test_of_another_data_set_no_word_of_digits_is_said(opened, folders, run):
-    """With the digits in place of its pictures, and the names of its classes."""
+@pytest.fixture(scope="module")
+def clothes_page(folders, run):
+    """The path of the page of a run on another data set: with the digits in place of
+    its pictures, and the names of its classes."""
     other = copy.copy(run)
     other.settings = dataclasses.replace(run.settings, dataset="FashionMNIST")
     other.dataset = copy.copy(run.dataset)
     other.dataset.classes = CLOTHES
-    page = opened(write_page(folders(), other))
+    return write_page(folders(), other)
+
+
+def test_of_another_data_set_no_word_of_digits_is_said(opened, clothes_page):
+    page = opened(clothes_page)
     of_digits = re.compile(
         r".{30}(digit|handwrit|wrote|\bMNIST|\b\ds\b).{30}", re.IGNORECASE
     )
@@ -1587,6 +1837,27 @@ def test_of_another_data_set_no_word_of_digits_is_said(opened, folders, run):
             assert name in words, f"{step}: no word of {name}"
 
 
+def test_many_of_a_class_are_told_in_the_plural(opened, clothes_page):
+    page = opened(clothes_page)
+    page.press("step-5")
+
+    told = kinds_told(page, 0)
+
+    for many in ("dresses", "coats", "ankle boots"):
+        assert re.search(rf"like {many}\b", told), f"no word of {many}: {told}"
+
+
+def test_a_drawing_of_another_data_set_fills_the_image(opened, clothes_page):
+    """As pictures of clothes do."""
+    page = opened(clothes_page)
+
+    page.drag("pad", HOOK)
+
+    x = page.shown()[0].view(quest.SIDE, quest.SIDE)
+    high = (x.sum(dim=1) > 0).sum().item()
+    assert high >= quest.SIDE - 1, f"expected {quest.SIDE} pixels high, not {high}"
+
+
 def test_a_switch_shows_the_model_beside_and_its_clouds(
     opened, pair_page, run, far_run
 ):
@@ -1598,6 +1869,12 @@ def test_a_switch_shows_the_model_beside_and_its_clouds(
 
     for name, each in ((first, run), (second, far_run), (first, run)):
         page.press(name).frame()
+        expect_cover(page.text("far"), each)
+        pressed = page.script(
+            "return [...document.querySelectorAll('#switch [aria-pressed=true]')]"
+            ".map(button => button.textContent)"
+        )
+        assert pressed == [name], f"after {name!r} the buttons pressed are {pressed}"
         k = lonely_codes(each)[0]
         _, mu = held_by(each)
         page.hover("map", on_map(each, mu[k]))
@@ -1613,19 +1890,36 @@ def test_a_switch_shows_the_model_beside_and_its_clouds(
         expect_numbers(got, expected, f"cloud by {name!r}", within=1e-3, share=1e-3)
 
 
+def test_but_for_step_4_the_model_in_hand_is_the_first(opened, pair_page, run):
+    page = opened(pair_page)
+    page.press("class-2", "step-4").frame()
+    _, second = page.buttons(within="switch")
+    page.press(second)
+
+    for step in ("step-1", "step-2", "step-3"):
+        page.press("step-4", second, step).frame()
+
+        x, *cloud = page.shown()
+        expected = torch.cat(run.model.encode(x[None]))
+        expect_numbers(torch.stack(cloud), expected, f"{step}: code", within=1e-3)
+
+
 def test_both_networks_redraw_the_same_dreams(opened, pair_page, run, far_run):
     page = opened(pair_page)
     page.press("step-5")
-    places = []
-    for _ in range(10):
-        page.press("dream")
-        places.append(where(page))
+
+    places, underlined = dream(page, 10)
 
     for k, each in enumerate((run, far_run)):
-        expected = each.model.decode(torch.stack(places))
+        expected = each.model.decode(places)
         got = page.small_pictures(f"dream-strip-{k}")
         expect_picture(got, expected, f"network {k + 1}'s dreams", 0.15)
         assert page.buttons(within="networks")[k] in page.words()
+        expect_cover(page.text(f"inside-{k}"), each)
+        lie, apart = within_ring(each, places)
+        wrong = places[(underlined[:, k] != lie) & (apart > 0.2)].tolist()
+        said = f"network {k + 1}'s dreams are wrongly underlined or not"
+        assert not wrong, f"{said} at {wrong}"
 
 
 def test_bars_show_how_often_each_kind_is_dreamt(opened, pair_page, run, far_run):
@@ -1636,17 +1930,13 @@ def test_bars_show_how_often_each_kind_is_dreamt(opened, pair_page, run, far_run
     page = opened(pair_page)
     page.set_size(1440, 900)  # a small window has room for the words alone
     page.press("step-5")
-    page.wait(
-        "while (!document.getElementById('kinds-1').ariaLabel.includes(',')) "
-        "await frame();"
-    )
 
     for k, each in enumerate((run, far_run)):
         x, _ = held_by(each)
         alike = (small(each.model.decode(EPS[:2000])) @ small(x).T).topk(9).indices % 10
         kinds = torch.bincount(alike.mode(dim=1).values, minlength=10) / 2000
 
-        label = page.script(f"return document.getElementById('kinds-{k}').ariaLabel")
+        label = kinds_told(page, k)
         told = torch.tensor([int(n) for n in re.findall(r"(\d+) like", label)]) / 300
 
         assert len(told) == 10 and abs(told.sum() - 1) < 0.01, f"it says: {label}"
@@ -1660,6 +1950,16 @@ def test_bars_show_how_often_each_kind_is_dreamt(opened, pair_page, run, far_run
         )
         most = told.argmax().item()
         assert heights[most] == max(heights) > 5, f"the bars are {heights} pixels high"
+
+
+def kinds_told(page, k):
+    """Return what is told of network k's bars, when all kinds are counted."""
+    return page.wait(
+        """const bars = document.getElementById(`kinds-${arguments[0]}`);
+        while (!bars.ariaLabel.includes(",")) await frame();
+        return bars.ariaLabel;""",
+        k,
+    )
 
 
 def small(images):
