@@ -776,14 +776,18 @@ def test_zoomed_in_the_cloud_stays_in_its_place_and_moves_less(page, run, zooms)
 
 def edge_of(page, place, axis):
     """Return the place of the cloud's handle right of its middle (axis 0), or below it
-    (axis 1): the last piece of orange on that line."""
+    (axis 1): the last piece of orange on that line, or up to 9 pixels left of it or
+    above it, as an arrow may cover its middle."""
     pixels = page.pixels("map")
     size = len(pixels)
     right, down = [int(share * size) for share in place]
-    line = pixels[down, right:] if axis == 0 else pixels[down:, right]
-    red, green, blue, _ = line.unbind(dim=1)
+    if axis == 0:
+        strip = pixels[down - 9 : down + 1, right:].transpose(0, 1)
+    else:
+        strip = pixels[down:, right - 9 : right + 1]
+    red, green, blue, _ = strip.unbind(dim=2)
     orange = (red > 200) & (green - blue > 70) & (red - green > 60)
-    spots = orange.nonzero().flatten()
+    spots = orange.any(dim=1).nonzero().flatten()
     assert len(spots), "there is no orange from the middle of the cloud on"
     handle = spots[spots > spots[-1] - 12].float().mean().item() + 0.5
     edge = list(place)
@@ -1127,13 +1131,27 @@ def test_a_cloud_is_seen_to_roll_and_stops_when_anything_is_done(page, run, what
     assert not page.wait(moving), f"the cloud rolls on after {what}"
 
 
+def best_place(run, x, across, up):
+    """Return where on a grid p(z|x) is greatest; without the cloud's cost, p(x|z)."""
+    z = torch.cartesian_prod(across, up)
+    bce = F.binary_cross_entropy(
+        run.model.decode(z), x.expand(len(z), -1), reduction="none"
+    )
+    prior = run.settings.beta > 0
+    return z[(bce.sum(dim=1) + prior * z.pow(2).sum(dim=1) / 2).argmin()]
+
+
 def expect_glow(page, run, c):
     """Expect the brightest place to be that where p(z|x), by PyTorch on a fine grid, is
     greatest, within two cells; without the cloud's cost that is p(x|z)."""
-    x, mu, _, place = hold_cloud(page, run, c)
+    half = run.extent / 8
+    everywhere = torch.linspace(-run.extent, run.extent, 50)
+    for _ in range(10):
+        x, mu, _, place = hold_cloud(page, run, c)
+        if (best_place(run, x, everywhere, everywhere) - mu).abs().max() < half / 2:
+            break  # the encoder has put it near its best place
     page.type("+", "+", "+")
-    page.frame()
-    half = run.extent / 8  # the cloud has kept its place, on a map eight times as large
+    page.frame()  # the cloud has kept its place, on a map eight times as large
     page.drag("map", [place, (0.95, 0.95)])
     page.settle()
 
@@ -1145,12 +1163,7 @@ def expect_glow(page, run, c):
     brightest = mu + 2 * half * share * torch.tensor([1, -1])
 
     low, high = [mu + 2 * half * end for end in in_sight(place)]
-    z = torch.cartesian_prod(*[torch.linspace(*ends, 60) for ends in zip(low, high)])
-    bce = F.binary_cross_entropy(
-        run.model.decode(z), x.expand(len(z), -1), reduction="none"
-    )
-    prior = run.settings.beta > 0  # else the place that explains x is that of BCE alone
-    best = z[(bce.sum(dim=1) + prior * z.pow(2).sum(dim=1) / 2).argmin()]
+    best = best_place(run, x, *[torch.linspace(*ends, 60) for ends in zip(low, high)])
     cells = 0.03 * run.extent  # two of the map at this size
     expect_numbers(brightest, best, "the brightest place", within=cells)
 
