@@ -322,7 +322,11 @@ def test_a_nan_in_any_weight_is_found(few, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_training_loss_alone_that_is_not_finite_is_found(few, monkeypatch, value):
-    monkeypatch.setattr(quest, "train_epoch", lambda *_: value)
+    def spoilt_epoch(step, _):
+        step(few[0])
+        return value
+
+    monkeypatch.setattr(quest, "train_epoch", spoilt_epoch)
 
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         quest.learn(*few, quest.Settings(epochs=1))
