@@ -58,31 +58,40 @@ def expect_untouched(folder):
 
 
 # ---- A run is killed, or several start at once ---------------------------------------
-# When the run is killed, and how many of the two files are in their place by then.
+# When the run is killed, how many of the two files are in their place by then, and
+# what it has not done if it ends well.
 KILLS = {
-    "while it writes": (faults.killed_in_writing, 0),
-    "before the moves": (partial(faults.killed_at_move, 1), 0),
-    "between the moves": (partial(faults.killed_at_move, 2), 1),
+    "while it writes": (faults.killed_in_writing, 0, "no large file was written"),
+    "before the moves": (
+        partial(faults.killed_at_move, 1),
+        0,
+        "no file was moved into place",
+    ),
+    "between the moves": (
+        partial(faults.killed_at_move, 2),
+        1,
+        "no second file was moved into place",
+    ),
 }
 
 
-@pytest.mark.parametrize(("kill", "moved"), KILLS.values(), ids=KILLS)
+@pytest.mark.parametrize(("kill", "moved", "missed"), KILLS.values(), ids=KILLS)
 def test_a_killed_run_leaves_whole_files_and_at_most_a_hidden_folder(
-    earlier, small_run, kill, moved
+    earlier, small_run, kill, moved, missed
 ):
     old = files_in(earlier)
     saved = files_in(small_run.output)
 
     result = run_script(earlier, *SMALL, fault=kill)
 
-    expect_signal(result, signal.SIGKILL)
+    expect_signal(result, signal.SIGKILL, missed)
     new = old | {f"dreams/{name}": saved[name] for name in SAVED}
     expect_old_or_new(files_in(earlier), old, new, moved)
 
 
 def test_the_next_run_after_a_kill_saves_both_files(earlier, small_run):
-    kill, _ = KILLS["between the moves"]
-    expect_signal(run_script(earlier, *SMALL, fault=kill), signal.SIGKILL)
+    kill, _, missed = KILLS["between the moves"]
+    expect_signal(run_script(earlier, *SMALL, fault=kill), signal.SIGKILL, missed)
 
     result = run_script(earlier, *SMALL)
 
@@ -263,6 +272,14 @@ def test_what_is_missing_is_asked_for_in_the_network(own_data, call):
     assert "refused" in message, f"no download was tried: {message}"
 
 
+def test_another_data_set_that_is_missing_is_told_by_its_own_folder(own_data, call):
+    missing = own_data.parents[1] / "FashionMNIST"
+
+    result = call(quest.main, *ONE_EPOCH, "--dataset", "FashionMNIST")
+
+    expect_one_message(result, f"{missing} can be neither read nor downloaded")
+
+
 def data_files():
     return sorted(Path("data/MNIST/raw").iterdir())
 
@@ -433,7 +450,7 @@ def test_a_device_that_is_not_there_is_one_message_with_the_reason(
         result, f"device '{device}'", reason, "CUDA GPU is required", "--device cpu"
     )
     assert json.loads(result.stdout) == {"success": False, "message": message}
-    assert files_in(tmp_path) == {}
+    expect_same_files(tmp_path, {})
 
 
 def why_not_there(device):
@@ -486,6 +503,8 @@ def test_a_gpu_that_is_full_or_lost_is_one_message(
     [
         RuntimeError("Expected all tensors to be on the same device, but got CUDA ..."),
         RuntimeError("this step cannot be recorded: it may wait for the GPU ..."),
+        # The CPU's memory is full, of which PyTorch tells by itself.
+        RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         KeyError("name"),
         ValueError("a bug"),
         OSError("a bug, not a disk"),  # a message only where files are read or saved
@@ -494,7 +513,7 @@ def test_a_gpu_that_is_full_or_lost_is_one_message(
     ids=str,
 )
 @pytest.mark.parametrize("where", ["images_on", "train_step", "dream"])
-def test_a_bug_keeps_its_traceback(earlier, monkeypatch, error, where):
+def test_any_other_error_keeps_its_traceback(earlier, monkeypatch, error, where):
     monkeypatch.setattr(quest, where, failing(error))
 
     with pytest.raises(type(error)) as caught:

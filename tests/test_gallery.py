@@ -155,7 +155,7 @@ def test_the_growth_plays_each_frame_and_begins_again(small_gallery, saved):
         frames = [frame.info["duration"] for frame in ImageSequence.Iterator(animation)]
 
         assert len(frames) == len(saved["dreams"])
-        assert min(frames) > 0
+        assert min(frames) >= 100, f"a frame of {min(frames)} ms is hardly seen"
         assert frames[-1] > max(frames[:-1]), "the last one does not stay to be seen"
         assert animation.info["loop"] == 0, "it does not play for ever"
 
@@ -202,21 +202,45 @@ def test_a_code_beyond_the_plane_is_not_drawn():
     expect_equal({"the plane": beyond}, {"the plane": nothing})
 
 
+ANGLES = [0.1 + turn * math.pi / 6 for turn in range(12)]  # where circles are tried
+
+
+def expect_circles(lit, place):
+    """Expect circles of the radii 1, 2 and 3 where `lit` is true, at each angle."""
+    for angle in ANGLES:
+        for radius in (1, 2, 3):
+            row, column = place(radius * math.cos(angle), radius * math.sin(angle))
+            near = lit[row - 1 : row + 2, column - 1 : column + 2]
+            assert near.any(), f"no circle of radius {radius} at {angle:.1f} radians"
+
+
 @pytest.mark.parametrize("extent", [4, 10])
 def test_circles_show_where_the_dreams_come_from(extent):
     """At 1, 2 and 3 standard deviations of N(0, I)."""
     picture, place = draw_codes_at(torch.zeros(0, 2), torch.zeros(0).long(), extent)
     lit = picture.amax(dim=2) > 100
 
-    for turn in range(12):
-        angle = 0.1 + turn * math.pi / 6
-        for radius in (1, 2, 3):
-            row, column = place(radius * math.cos(angle), radius * math.sin(angle))
-            near = lit[row - 1 : row + 2, column - 1 : column + 2]
-            assert near.any(), f"no circle of radius {radius} at {angle:.1f} radians"
+    expect_circles(lit, place)
+    for angle in ANGLES:
         for radius in (0, 0.5, 1.5, 2.5, 3.5):
             row, column = place(radius * math.cos(angle), radius * math.sin(angle))
             assert not lit[row, column], f"something at {radius}, {angle:.1f} radians"
+
+
+def test_codes_do_not_hide_the_circles():
+    """Drawn twice, with codes of another colour all over the circles: what lights up
+    and stays the same is not a code."""
+    angles = torch.linspace(0, 2 * math.pi, 3000)
+    circle = torch.stack((angles.cos(), angles.sin()), dim=1)
+    mu = torch.cat([radius * circle for radius in (1, 2, 3)])
+    first, second = (torch.full((len(mu),), label) for label in (5, 2))
+
+    one, place = draw_codes_at(mu, first, 4)
+    other, _ = draw_codes_at(mu, second, 4)
+
+    apart = (colour_of(5) - colour_of(2)).abs().max()
+    same = (one - other).abs().amax(dim=2) < apart / 2
+    expect_circles(same & (one.amax(dim=2) > 100), place)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -247,6 +271,19 @@ def test_the_codes_show_each_held_out_digit_of_the_model(small_gallery, model, f
     expected, _ = draw_codes_at(mu, targets, extent)
     legend = quest.SIDE  # the rows in which it is
     expect_equal({"codes": picture[legend:]}, {"codes": expected[legend:]})
+
+
+def test_the_last_of_10_000_codes_is_drawn(drawn):
+    """Of so many digits as MNIST holds out, it alone is apart."""
+    drawn.mu = torch.zeros(10_000, 2)
+    drawn.targets = torch.arange(10_000) % 10
+    without = levels_of(gallery.draw_codes(drawn), "RGB")
+    drawn.mu[-1] = torch.tensor([2.5, -3.0])
+
+    picture = levels_of(gallery.draw_codes(drawn), "RGB")
+
+    same = torch.equal(picture, without)
+    assert not same, "the last code has no dot"
 
 
 def test_the_codes_legend_is_a_digit_of_each_class_in_its_colour(small_gallery, few):
@@ -339,12 +376,27 @@ def test_the_page_holds_an_example_of_what_pytorch_computes(page, model, few):
     assert terms == pytest.approx([term.item() for term in expected], rel=1e-5)
 
 
-def test_beta_reaches_the_page(drawn):
-    drawn.settings = quest.Settings(**vars(drawn.settings) | {"beta": 7.5})
+def model_of_the_page(drawn):
+    """What the page of a Run tells of its model."""
     if gallery.why_no_page(drawn):
         pytest.skip("this model has no page")
-
     (model,) = data_of(gallery.draw_page(drawn))["models"]
+    return model
+
+
+def test_the_page_tells_the_losses_of_the_last_epoch_even_if_they_rise(drawn):
+    names = drawn.losses[-1]
+    drawn.losses = [dict.fromkeys(names, 100.0), dict.fromkeys(names, 200.0)]
+
+    told = model_of_the_page(drawn)["losses"]
+
+    assert told == drawn.losses[-1], f"it tells {told}, after 100 and then 200"
+
+
+def test_beta_reaches_the_page(drawn):
+    drawn.settings = quest.Settings(**vars(drawn.settings) | {"beta": 7.5})
+
+    model = model_of_the_page(drawn)
 
     assert model["settings"]["beta"] == 7.5
     loss, bce, kld = model["example"]["terms"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from benchmark import PlainVAE, plain_step
-from harness import draws, expect_close, expect_equal
+from harness import draws, expect_close
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -82,15 +82,17 @@ def forward_and_x(model, x):
 
 
 def test_beta_weighs_the_kld_in_training_and_in_what_is_told(few):
-    learned = {}
-    for beta in (0.0, 7.0):
-        settings = quest.Settings(epochs=3, beta=beta)
-        learned[beta] = quest.learn(*few, settings)[2][-1]
+    klds = []
+    for beta in (0.0, 1.0, 7.0):
+        settings = quest.Settings(epochs=3, beta=beta, learning_rate=5e-3)
+        loss = quest.learn(*few, settings)[2][-1]
 
-        loss = learned[beta]
         assert loss["held_out"] == pytest.approx(loss["bce"] + beta * loss["kld"])
+        klds.append(loss["kld"])
 
-    assert learned[7.0]["kld"] < learned[0.0]["kld"]
+    assert klds[0] > klds[1] > klds[2], (
+        f"the KLD does not fall with beta: with 0, 1 and 7 it is {klds}"
+    )
 
 
 def test_a_notebook_can_learn_with_other_sizes(few):
@@ -98,9 +100,39 @@ def test_a_notebook_can_learn_with_other_sizes(few):
 
     model, dreams, _ = quest.learn(*few, settings)
 
+    expected = quest.VAE(settings.hidden, settings.latent_dim)
+    for name, weight in expected.named_parameters():
+        got = model.get_parameter(name).shape
+        assert got == weight.shape, (
+            f"{name}: expected the shape {tuple(weight.shape)}, not {tuple(got)}"
+        )
     mu, _ = model.encode(few[1])
     assert mu.shape == (len(few[1]), 5)
     assert [len(images) for images in dreams] == [3, 3]
+
+
+def test_each_training_image_is_taken_once_an_epoch(few):
+    """Of as many as MNIST has. In place of pixels an image holds its number."""
+    count = 60_000
+    numbers = torch.arange(count, dtype=torch.float32).view(count, 1)
+    taken = []
+
+    def noting_step(x):
+        taken.append(x)
+        return torch.tensor(0.0)
+
+    def accelerate(step):
+        step(few[0])  # of real images: a schedule may expect a step
+        return noting_step
+
+    quest.learn(numbers, few[1], quest.Settings(epochs=1), accelerate)
+
+    times = torch.cat(taken).flatten().long().bincount(minlength=count)
+    each_once = (times == 1).all()
+    assert each_once, (
+        f"{(times == 0).sum()} of {count} images were not taken, "
+        f"{(times > 1).sum()} more than once"
+    )
 
 
 def test_accelerate_is_asked_once_an_epoch_and_its_step_is_taken(few):
@@ -127,19 +159,56 @@ def test_accelerate_is_asked_once_an_epoch_and_its_step_is_taken(few):
 
 
 # ---- What is told and dreamt ---------------------------------------------------------
-def test_the_held_out_loss_is_that_of_the_model_returned(few):
-    settings = quest.Settings(epochs=2, seed=5, beta=3)
-    x_test = few[1]
+def test_the_held_out_loss_is_that_of_the_model_returned(few, digits):
+    """On as many digits as are held out."""
+    settings = quest.Settings(epochs=1, seed=5, beta=3)
+    x_test = digits
 
-    model, _, losses = quest.learn(*few, settings)
+    model, _, losses = quest.learn(few[0], x_test, settings)
 
     _, eps = draws(settings, len(x_test))
-    mu, logvar = model.encode(x_test)
-    recon_x = model.decode(mu + torch.exp(logvar / 2) * eps)
-    terms = quest.loss_terms(recon_x, x_test, mu, logvar, settings.beta)
-    expected = [term.item() / len(x_test) for term in terms]
-    told = [losses[-1][name] for name in ("held_out", "bce", "kld")]
-    assert told == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        mu, logvar = model.encode(x_test)
+        recon_x = model.decode(mu + torch.exp(logvar / 2) * eps)
+        terms = quest.loss_terms(recon_x, x_test, mu, logvar, settings.beta)
+    for name, term in zip(("held_out", "bce", "kld"), terms, strict=True):
+        told, expected = losses[-1][name], term.item() / len(x_test)
+        assert told == pytest.approx(expected, rel=1e-5), (
+            f"{name}: {told:.4f} is told; "
+            f"on all {len(x_test)} images the model's is {expected:.4f}"
+        )
+
+
+def test_a_held_out_loss_that_rises_neither_ends_training_nor_chooses_a_model(few):
+    """Negatives are held out, which a model that learns digits draws ever worse."""
+    settings = quest.Settings(epochs=3)
+    negatives = 1 - few[1]
+
+    model, _, losses = quest.learn(few[0], negatives, settings)
+
+    told = [loss["held_out"] for loss in losses]
+    assert told == sorted(told), f"it does not rise: {told}"
+    assert len(told) == settings.epochs, f"training ended after {len(told)} epochs"
+    _, eps = draws(settings, len(negatives))
+    last = quest.evaluate(model, negatives, eps, settings.beta)[0]
+    assert last == pytest.approx(told[-1], rel=1e-5), (
+        f"the model returned is not the last epoch's: its held-out loss is {last:.2f}, "
+        f"those of the epochs were {told}"
+    )
+
+
+def test_the_dreams_of_all_epochs_come_from_the_same_points(few):
+    """With a rate of next to nothing they stay as they were before training."""
+    settings = quest.Settings(epochs=3, learning_rate=1e-12)
+
+    first, *others = quest.learn(*few, settings)[1]
+
+    for epoch, dreams in enumerate(others, start=1):
+        off = (dreams - first).abs().max().item()
+        assert off < 1e-5, (
+            f"the dreams after epoch {epoch} are of other points: {off:.2f} off those "
+            "before training, though the weights have hardly moved"
+        )
 
 
 def test_dreams_are_decoded_before_training_and_after_each_epoch(few):
@@ -151,31 +220,29 @@ def test_dreams_are_decoded_before_training_and_after_each_epoch(few):
     torch.manual_seed(settings.seed)
     untrained = quest.VAE(settings.hidden, settings.latent_dim)
     assert len(dreams) == settings.epochs + 1
-    torch.testing.assert_close(dreams[0], quest.dream(untrained, z))
-    torch.testing.assert_close(dreams[-1], quest.dream(model, z))
+    expect_close(
+        {"dreams before training": dreams[0], "the last dreams": dreams[-1]},
+        {
+            "dreams before training": quest.dream(untrained, z),
+            "the last dreams": quest.dream(model, z),
+        },
+    )
 
 
-def test_the_dreams_of_all_epochs_come_from_the_same_points(few):
-    """With a rate of next to nothing they stay as they were before training."""
-    settings = quest.Settings(epochs=3, learning_rate=1e-12)
-
-    first, *others = quest.learn(*few, settings)[1]
-
-    for dreams in others:
-        torch.testing.assert_close(dreams, first)
-
-
-def test_the_seed_decides_what_is_learned(few):
+@pytest.mark.parametrize("seed", [0, 1], ids=["seed 0", "seed 1"])
+def test_the_seed_decides_what_is_learned(few, seed):
     def learned(seed):
         model = quest.learn(*few, quest.Settings(epochs=1, seed=seed))[0]
         return weights_of(model)
 
-    first = learned(1)
+    first = learned(seed)
     torch.manual_seed(99)  # what was drawn before does not matter
+    again, other = learned(seed), learned(seed + 1)
 
-    expect_equal(learned(1), first)
-    for name, weight in learned(2).items():
-        assert (weight != first[name]).any(), f"{name} does not depend on the seed"
+    for name, weight in first.items():
+        same = (again[name] == weight).all()
+        assert same, f"{name} is another when the seed {seed} is set again"
+        assert (other[name] != weight).any(), f"{name} does not depend on the seed"
 
 
 # ---- The two modes, and memory -------------------------------------------------------
@@ -255,18 +322,28 @@ def test_a_nan_in_any_weight_is_found(few, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_training_loss_alone_that_is_not_finite_is_found(few, monkeypatch, value):
-    monkeypatch.setattr(quest, "train_epoch", lambda *_: value)
+    def spoilt_epoch(step, _):
+        step(few[0])
+        return value
+
+    monkeypatch.setattr(quest, "train_epoch", spoilt_epoch)
 
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         quest.learn(*few, quest.Settings(epochs=1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_held_out_loss_alone_that_is_not_finite_is_found(few, monkeypatch, value):
+def test_a_held_out_loss_alone_that_is_not_finite_is_found(
+    few, monkeypatch, capsys, value
+):
+    """Before the next epoch begins."""
     monkeypatch.setattr(quest, "evaluate", lambda *_: [value, value, 1.0])
 
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        quest.learn(*few, quest.Settings(epochs=1))
+        quest.learn(*few, quest.Settings(epochs=3))
+
+    goes_on = "Epoch 2/" in capsys.readouterr().err
+    assert not goes_on, f"training goes on after a held-out loss of {value}"
 
 
 # ---- Settings ------------------------------------------------------------------------

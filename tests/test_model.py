@@ -69,15 +69,17 @@ def test_square_images_are_taken_as_flat_ones_are():
         expect_equal({"mu": mu, "logvar": logvar}, {"mu": flat[1], "logvar": flat[2]})
 
 
-def test_forward_encodes_draws_and_decodes():
-    model = quest.VAE()
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_forward_encodes_draws_and_decodes_in_training_and_in_evaluation(training):
+    model = quest.VAE().train(training)
     x = torch.rand(5, PIXELS)
     eps = torch.randn(5, quest.Settings.latent_dim)
 
     recon_x, mu, logvar = model(x, eps)
 
     z = mu + torch.exp(logvar / 2) * eps
-    torch.testing.assert_close(recon_x, model.decode(z))
+    off = (recon_x - model.decode(z)).abs().max().item()
+    assert off < 1e-5, f"{off:.2g} off what mu + exp(logvar / 2) * eps decodes to"
 
 
 @pytest.mark.parametrize("far", [-30.0, 20.0])
@@ -167,6 +169,23 @@ def test_loss_function_is_the_first_of_loss_terms():
     expect_equal({"loss": loss}, {"loss": terms[0]})
 
 
+@pytest.mark.parametrize("probability", [0.5, 1e-3, 1e-6])
+def test_a_pixel_costs_the_logarithm_of_its_probability_however_small(probability):
+    """Black pixels and white ones."""
+    zeros = torch.zeros(1, 2)
+    expected = -math.log(probability)
+    for name, pixel in (("black", 0.0), ("white", 1.0)):
+        x = torch.full((1, PIXELS), pixel, dtype=torch.float64)
+        recon_x = torch.full_like(x, abs(1 - pixel - probability))
+
+        cost = quest.loss_function(recon_x, x, zeros, zeros).item() / PIXELS
+
+        assert cost == pytest.approx(expected), (
+            f"a {name} pixel costs {cost:.3f} nats, "
+            f"-log {probability} is {expected:.3f}"
+        )
+
+
 def test_the_kld_is_0_where_z_says_nothing_about_x():
     recon_x, x = torch.rand(2, 5, PIXELS)
     zeros = torch.zeros(5, 2)
@@ -237,6 +256,19 @@ def test_load_data_returns_the_training_and_the_held_out_digits():
     image, label = test_dataset[0]
     assert image.shape == (1, SIDE, SIDE)
     assert label == 7
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_each_data_set_that_the_readme_offers_is_torchvision_s(
+    tmp_path, few_digits, name
+):
+    """MNIST's files stand in for each, since they have the same names."""
+    (tmp_path / name).symlink_to(few_digits / "MNIST")
+    settings = quest.Settings(dataset=name)
+
+    for dataset in quest.load_data(tmp_path, settings.dataset):
+        assert isinstance(dataset, getattr(datasets, name))
+        assert len(dataset) > 0
 
 
 def test_the_digits_in_git_are_mnist_s():

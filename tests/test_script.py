@@ -40,7 +40,11 @@ def told_of_epochs(result, epochs):
         rf"Epoch (\d+)/{epochs}: loss {NUMBER}, held-out loss {NUMBER} nats per image",
         result.stderr,
     )
-    assert [int(epoch) for epoch, *_ in said] == list(range(1, epochs + 1))
+    told = [int(epoch) for epoch, *_ in said]
+    assert told == list(range(1, epochs + 1)), (
+        f"standard error tells the losses of the epochs {told}, not of 1 to {epochs}: "
+        f"{terminal_lines(result.stderr)}"
+    )
     return [(float(loss), float(held_out)) for _, loss, held_out in said]
 
 
@@ -213,8 +217,9 @@ def test_bars_leave_the_terminal_to_one_line_an_epoch(small_run):
     assert len(lines) == 2, f"two epochs left these lines on the terminal: {lines}"
 
 
+@pytest.mark.parametrize("beta", ["1", "2.5", "0.05"])
 def test_the_message_tells_the_last_epoch_and_the_weight_of_kld(
-    folder, call, monkeypatch
+    folder, call, monkeypatch, beta
 ):
     losses = [
         {"train": 101.0, "held_out": 100.0, "bce": 90.0, "kld": 4.0},
@@ -223,9 +228,9 @@ def test_the_message_tells_the_last_epoch_and_the_weight_of_kld(
     made = quest.VAE(), [torch.zeros(1, 1, quest.SIDE, quest.SIDE)], losses
     monkeypatch.setattr(quest, "learn", lambda *_: made)
 
-    result = call(quest.main, "--device", "cpu", "--beta", "2.5")
+    result = call(quest.main, "--device", "cpu", "--beta", beta)
 
-    told = "Held-out loss: 120.00 nats per image, BCE 95.00 + 2.5 x KLD 10.00."
+    told = f"Held-out loss: 120.00 nats per image, BCE 95.00 + {beta} x KLD 10.00."
     assert told in result.stdout
 
 
@@ -252,6 +257,19 @@ def test_sample_and_model_are_all_that_is_saved(small_run):
 
     assert saved == ["dream_model.pt", "dream_sample.png"]
     assert not (small_run.folder / "dreams" / "dream_sample.png").exists()
+
+
+def test_who_may_read_a_new_file_may_read_what_is_saved(small_run, tmp_path):
+    """It is written into a temporary folder, where files could be their owner's."""
+    (tmp_path / "new").touch()
+
+    expected = (tmp_path / "new").stat().st_mode
+    for path in small_run.output.iterdir():
+        mode = path.stat().st_mode
+        assert mode == expected, (
+            f"{path.name} has the permissions {mode & 0o777:o}, "
+            f"a new file has {expected & 0o777:o}"
+        )
 
 
 def test_the_saved_model_opens_with_torch_s_defaults_and_computes_what_was_told(

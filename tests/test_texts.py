@@ -122,6 +122,28 @@ def test_the_table_of_options_names_the_options_of_help_with_their_defaults(call
         assert told["--" + name.replace("_", "-")] == text
 
 
+def test_help_and_table_say_the_same_of_what_a_value_does_to_the_loss(call):
+    """The table says "200: +1.9 ± 0.5", --help "with 200 the loss is 2 higher"."""
+    rows = re.findall(r"^\| `(--[\w-]+)` \|(.*)$", README.read_text(), re.MULTILINE)
+    told = [
+        (option, value, change)
+        for option, row in rows
+        for value, change in re.findall(r"(\d+): ([+-]\d+\.\d) ±", row)
+    ]
+
+    listed = " ".join(call(quest.main, "--help").stdout.split())
+
+    assert told
+    for option, value, change in told:
+        text = re.search(rf"{option} [A-Z_]+ (.*?)\(default", listed)[1]
+        said = re.search(rf"\b{value}\b\D*(\d+) (higher|lower)", text)
+        assert said, f"{option} {value}: {change} in the table, nothing in --help"
+        in_help = int(said[1]) * (1 if said[2] == "higher" else -1)
+        assert in_help == pytest.approx(float(change), abs=0.6), (
+            f"{option} {value}: {change} in the table, in --help {said[0]!r}"
+        )
+
+
 def test_the_tests_own_command_stands_at_the_start_of_one_line():
     lines = README.read_text(encoding="utf-8").splitlines()
     commands = [line for line in lines if line.startswith("python -m pip install")]
