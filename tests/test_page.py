@@ -1,7 +1,6 @@
 """The page dreams/dream_plane.html in a real browser, beside the model that it shows.
 
-It takes 55 s of processor time, 75 s by the clock on two busy cores, and before it the
-main job, which --trained FOLDER saves.
+It takes 85 s on two cores, and before it the main job, which --trained FOLDER saves.
 
 What the page computes is held to PyTorch, the rest to what a person does and sees. The
 browser, and one page in it, are shared: each test begins with an empty pad, in step 1,
