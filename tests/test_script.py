@@ -226,7 +226,7 @@ def test_the_message_tells_the_last_epoch_and_the_weight_of_kld(
         {"train": 99.0, "held_out": 120.0, "bce": 95.0, "kld": 10.0},
     ]
     made = quest.VAE(), [torch.zeros(1, 1, quest.SIDE, quest.SIDE)], losses
-    monkeypatch.setattr(quest, "learn", lambda *_: made)
+    monkeypatch.setattr(quest, "learn", lambda *_, **__: made)
 
     result = call(quest.main, "--device", "cpu", "--beta", beta)
 
@@ -239,7 +239,7 @@ def test_steps_are_captured_on_a_gpu_alone(folder, call, monkeypatch, device):
     """The job's choice; what a captured step does, test_captured.py and a GPU show."""
     given = []
 
-    def learn_of(x_train, x_test, settings, accelerate=None):
+    def learn_of(x_train, x_test, settings, accelerate=None, **_):
         given.append(accelerate)
         raise quest.JobError("enough seen")
 
