@@ -7,6 +7,7 @@ pixels of a canvas, words, boxes, and by the functions that the page has for tes
 
 import base64
 import contextlib
+import io
 import json
 import math
 import re
@@ -15,7 +16,9 @@ import urllib.request
 
 import torch
 import websocket
+from PIL import Image
 from selenium import webdriver
+from torchvision.transforms.functional import pil_to_tensor
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
@@ -366,6 +369,19 @@ class Page:
             return words.join(" ").replace(/\\s+/g, " ");"""
         )
 
+    def bars(self):
+        """Return the bars of the costs: {name: (length from 0 to 1, pointed)}."""
+        return self.script(
+            """const bars = {};
+            for (const name of ["picture", "cloud", "together"]) {
+                const bar = document.getElementById(`bar-${name}`);
+                const half = bar.parentElement.getBoundingClientRect().width / 2;
+                bars[name] = [bar.getBoundingClientRect().width / half,
+                    getComputedStyle(bar).clipPath !== "none"];
+            }
+            return bars;"""
+        )
+
     def contrasts(self):
         """Return how much each piece of text stands out: {text: ratio from 1 to 21}."""
         return self.script(CONTRASTS)
@@ -387,6 +403,18 @@ class Page:
             name,
         )
         return from_text(text, torch.uint8).view(height, width, 4).float()
+
+    def seen(self, name):
+        """Return what is seen of an element, from 0 to 255: (height, width, 3)."""
+        left, top, width, height = self.script(
+            """const box = document.getElementById(arguments[0]).getBoundingClientRect();
+            return [box.left, box.top, box.width, box.height];""",
+            name,
+        )
+        box = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
+        (shot,) = self.send(("Page.captureScreenshot", {"clip": box}))
+        picture = Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+        return pil_to_tensor(picture.convert("RGB")).permute(1, 2, 0).float()
 
     def small_pictures(self, name):
         """Return the small pictures of a row, from 0 to 1: (count, PIXELS)."""
