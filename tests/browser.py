@@ -600,6 +600,15 @@ class Page:
         )
         return {"x": left + width * place[0], "y": top + height * place[1]}
 
+    def headings(self):
+        """Return the headings that a screen reader tells of."""
+        (tree,) = self.send(("Accessibility.getFullAXTree", {}))
+        return [
+            node.get("name", {}).get("value", "")
+            for node in tree["nodes"]
+            if not node["ignored"] and node["role"]["value"] == "heading"
+        ]
+
     def press(self, *names):
         """Press buttons with the mouse, one after another; return the page.
 

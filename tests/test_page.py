@@ -1330,6 +1330,28 @@ def test_keys_go_from_cloud_to_cloud_and_enter_takes_one(page, run):
     expect_picture(page.shown()[0], seen, "x after Enter")
 
 
+def test_a_class_button_pointed_at_leaves_its_clouds_alone_in_colour(page):
+    page.press("class-2", "step-4")
+    page.move_away()
+    page.frame()
+    before = colourful(page)
+
+    page.hover("class-0", (0.5, 0.5))
+    page.frame()
+    spotted = colourful(page)
+    page.move_away()
+    page.frame()
+
+    assert spotted < before / 2, f"{spotted:.0%} are in colour, before {before:.0%}"
+    assert abs(colourful(page) - before) < 0.01, "afterwards the colours stay away"
+
+
+def colourful(page):
+    """Return which share of the map's pixels is in bright colour."""
+    pixels = page.pixels("map")[..., :3]
+    return ((pixels.amax(dim=2) - pixels.amin(dim=2)) > 80).float().mean().item()
+
+
 def test_the_name_of_each_class_is_written_at_its_clouds(page, run):
     """At the median of their middles, or of another class that lies as near: names
     that lie too near are moved apart. One or two may go farther."""
@@ -1626,6 +1648,31 @@ def test_who_does_not_see_hears_what_is_there_once_for_each_act(page):
         words, count = page.heard()
         assert re.search(expected, words), f"after {what} one hears {words!r}"
         assert count == 1, f"{what}: something is said {count} times"
+
+
+def test_who_does_not_see_hears_where_the_costs_pull(page, run):
+    """Far right of the middle of the plane its cost pulls to the left."""
+    hold_cloud(page, run, 3)
+
+    page.type(*["ArrowRight"] * 25)
+    words, _ = page.heard()
+
+    assert re.search(r"the cloud's, left\b", words), f"one hears {words!r}"
+
+
+def test_next_leads_through_the_five_steps_and_each_has_a_heading(page):
+    page.press("step-1")
+    for step in range(1, 6):
+        page.frame()
+        current = page.script("return document.querySelector('[aria-current]').id")
+        assert current == f"step-{step}", f"Next led to {current}, not to step {step}"
+        headings = page.headings()
+        own = [each for each in headings if each.endswith(".")]
+        assert len(own) == 1, f"step {step}: its heading is missing in {headings}"
+        assert own[0] in page.words(), f"step {step}: {own[0]!r} is not in sight"
+        if step < 5:
+            page.press("next")
+    assert "Next" not in page.words(), "there is a next step after the last one"
 
 
 def test_the_tab_key_reaches_each_control_and_shows_where_it_is(page):
