@@ -600,6 +600,10 @@ class Page:
         )
         return {"x": left + width * place[0], "y": top + height * place[1]}
 
+    def dreams(self):
+        """Return the places of the dreams in the row: (count, 2)."""
+        return torch.tensor(self.script("return state.dreams.map(z => [...z]);"))
+
     def headings(self):
         """Return the headings that a screen reader tells of."""
         (tree,) = self.send(("Accessibility.getFullAXTree", {}))

@@ -1541,6 +1541,33 @@ def test_ten_dreams_are_ten_others(page):
     assert not same, f"{same} of the ten are the ones before"
 
 
+def test_ten_wider_are_thrown_as_far_out_as_the_codes_lie(opened, pair_page, far_run):
+    """Of the model beside: 60 dreams, two numbers each; 5 standard errors are allowed.
+
+    Then the next ones are drawn from N(0, I) again.
+    """
+    page = opened(pair_page)
+    page.press("step-5")
+    page.press(page.buttons(within="networks")[1])
+    _, mu = held_by(far_run)
+    wide = mu.pow(2).mean().sqrt().item()
+
+    thrown = []
+    for _ in range(6):
+        page.press("dream-wide").frame()
+        thrown.append(page.dreams())
+    thrown = torch.cat(thrown)
+
+    std = thrown.std().item()
+    assert abs(std / wide - 1) < 5 / math.sqrt(240), f"std {std:.2f}, codes' {wide:.2f}"
+    span_seen = span(page).min().item()
+    assert span_seen > 2 * 3 * wide, (
+        f"of {3 * wide:.1f} on each side {span_seen:.1f} show"
+    )
+    page.press("dream-ten").frame()
+    assert page.dreams().std() < 2, "the next ten dreams are wide, too"
+
+
 def test_step_5_has_dreams_from_the_start(page):
     page.press("step-5").frame()
 
@@ -1632,7 +1659,7 @@ ACTS = {  # what is done, and what is heard then
     ),
     "keys": (
         type_on_map(*["ArrowLeft"] * 5),
-        r"(among \ds|near no digit), redrawn as an? \d",
+        r"(among \ds|far from any digit), redrawn as an? \d",
     ),
     "clear": (lambda page: page.press("clear"), "empty"),
     "a dream": (lambda page: page.press("step-5", "dream"), r"[Dd]ream, an? \d"),
