@@ -1132,7 +1132,7 @@ def test_the_verdict_says_whose_cloud_costs_less_and_a_roll_s_way_is_seen(page, 
     assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
     assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
     assert rolled < -3, f"a hard digit gains only {rolled}"
-    assert "Rolling wins" in of_roll, f"at {rolled:+} it says: {of_roll}"
+    assert "steps win" in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert "better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert with_way > without + 30, f"white: {with_way} pixels, {without} without a way"
     assert "steps" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
