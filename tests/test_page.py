@@ -1179,7 +1179,7 @@ def test_a_rolling_cloud_stops_when_one_takes_it(page, run, what):
 
     act = {
         "an arrow key": lambda: (page.focus("map"), page.type("ArrowLeft")),
-        "a hand": lambda: page.drag("map", [on_sight(page), (0.5, 0.4)]),
+        "a hand": lambda: page.drag("map", [middle_of_cloud(page), (0.5, 0.4)]),
         "the pad": lambda: page.drag("pad", ring(0.25)),
         "a button": lambda: page.press("choice"),
     }
@@ -1206,7 +1206,7 @@ def test_a_rolling_cloud_rolls_on_whatever_else_is_done(page, run, what):
     assert page.text("verdict") == "Rolling …", f"it says: {page.text('verdict')}"
 
 
-def on_sight(page):
+def middle_of_cloud(page):
     """Return where the middle of the cloud in hand is on the map: a place."""
     return page.script("return toMap(state.cloud.mu).map(value => value / size);")
 
@@ -1443,7 +1443,7 @@ def test_dreams_are_drawn_from_the_standard_normal_distribution(page):
     """120 dreams, two numbers each: the bounds are five standard errors."""
     page.press("step-5")
 
-    z, _ = dream(page, 120)
+    z = dream(page, 120)
 
     mean, std = z.mean().item(), z.std().item()
     assert abs(mean) < 5 / math.sqrt(240), f"expected a mean of 0, not {mean:.2f}"
@@ -1453,26 +1453,20 @@ def test_dreams_are_drawn_from_the_standard_normal_distribution(page):
 
 
 def dream(page, times):
-    """Dream so often; return the places that are told, (times, 2), and whether the
-    picture of each is underlined, (times)."""
+    """Dream so often; return the places that are told: (times, 2)."""
     told = page.wait(
         """const dreams = [];
         for (let k = 0; k < arguments[0]; k++) {
             document.getElementById("dream").click();
             await frame();
-            const picture = document.querySelector("#dream-strip canvas:last-child");
-            dreams.push([
-                document.getElementById("told-where").textContent,
-                getComputedStyle(picture).boxShadow !== "none",
-            ]);
+            dreams.push(document.getElementById("told-where").textContent);
         }
         return dreams;""",
         times,
     )
-    pairs = [re.findall(r"−?\d+\.\d\d", text) for text, _ in told]
+    pairs = [re.findall(r"−?\d+\.\d\d", text) for text in told]
     assert all(len(pair) == 2 for pair in pairs), f"a dream's place is not told: {told}"
-    z = torch.tensor([[float(n.replace("−", "-")) for n in pair] for pair in pairs])
-    return z, torch.tensor([lines for _, lines in told])
+    return torch.tensor([[float(n.replace("−", "-")) for n in pair] for pair in pairs])
 
 
 def test_the_last_ten_dreams_stay_in_sight(page):
@@ -1515,7 +1509,7 @@ def test_each_dream_is_a_white_dot_on_the_map(page, run):
     """But for those at the last one's picture, and at the map's edge."""
     page.press("step-5")
 
-    *earlier, last = dream(page, 10)[0]
+    *earlier, last = dream(page, 10)
 
     page.move_away()
     page.frame()
@@ -2115,7 +2109,7 @@ def test_but_for_step_4_the_model_in_hand_is_the_first(opened, pair_page, run):
 def test_both_networks_redraw_the_same_dreams(opened, pair_page, run, far_run):
     page = opened(pair_page)
     page.press("step-5")
-    places, _ = dream(page, 10)
+    places = dream(page, 10)
 
     for k, each in enumerate((run, far_run)):
         name = page.buttons(within="networks")[k]
