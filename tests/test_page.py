@@ -338,6 +338,25 @@ def test_the_first_digit_of_most_classes_is_redrawn_as_itself(opened, main_page)
     assert own >= 8, f"the first digits of the classes 0 to 9 are redrawn {told}"
 
 
+def test_below_what_is_redrawn_are_ten_more_and_how_many_lose_their_kind(page, run):
+    """Of 300 held-out digits, each called as the nine are that look most like it."""
+    page.press("class-4", "class-4")
+    told = page.wait(
+        """const line = document.getElementById("lost");
+        while (!line.textContent.includes("%")) await frame();
+        return line.textContent;"""
+    )
+    x, mu = held_by(run)
+    offered = page.script("return state.next.map((n, c) => c + 10 * n)")
+
+    got = page.small_pictures("echo-strip")
+    expect_picture(got, run.model.decode(mu[offered]), "the ten redrawn")
+    alike = (small(run.model.decode(mu[:300])) @ small(x).T).topk(9).indices % 10
+    lost = (alike.mode(dim=1).values != torch.arange(300) % 10).float().mean().item()
+    share = int(re.search(r"(\d+) %", told)[1]) / 100
+    assert abs(share - lost) < 0.04, f"{lost:.3f} lose their kind; it says: {told}"
+
+
 def test_an_empty_pad_says_what_to_do(page):
     assert "Draw here" in page.words()
     page.press("class-3").frame()
@@ -718,6 +737,19 @@ def test_one_can_zoom_into_a_cloud_of_std_0_04_and_0_shows_all(page, run):
     expect_numbers(span(page), whole, "all", within=0.05)
 
 
+def test_a_cloud_out_of_sight_is_pointed_to_and_brought_back(page, run):
+    """Where the map is dragged away from it, the encoder's choice shows it again."""
+    page.press("class-6", "step-3", "zoom-in")
+    for _ in range(3):
+        page.drag("map", [(0.05, 0.95), (0.95, 0.05)])
+    away = page.written("map")
+
+    page.press("choice").settle()
+
+    assert "cloud" in away, f"the map tells of {sorted(away)}"
+    assert "cloud" not in page.written("map"), "it is out of sight still"
+
+
 @pytest.mark.parametrize(("button", "key"), [("zoom-in", "+"), ("zoom-out", "-")])
 def test_a_zoom_button_says_when_it_has_no_more_to_do(page, button, key):
     def is_spent():
@@ -1074,14 +1106,18 @@ def test_the_first_hard_digits_roll_to_where_they_are_redrawn_right(opened, main
         assert f"Now {own}!" in verdict, said
 
 
-def test_a_roll_that_ends_among_others_is_told_so(page, run):
-    """Here the digit is called by the next number, as if it had gone astray."""
-    page.press("step-3", "hard")
+@pytest.mark.parametrize("takes, word", [("hard", "Now"), ("class-6", "Still")])
+def test_a_roll_that_ends_among_others_is_told_so(page, takes, word):
+    """Here the digit is called by the next number, as if it had gone astray.
+
+    A hard one is redrawn as another kind than before, a 6 as the same.
+    """
+    page.press("step-3", takes)
     page.script("state.kind = (state.kind + 1) % 10")
     roll(page)
 
     verdict, kind = page.text("verdict"), page.text("told-as")
-    assert verdict.startswith(f"Still {kind[:3]}"), (
+    assert verdict.startswith(f"{word} {kind[:3]}."), (
         f"redrawn {kind}, it says: {verdict}"
     )
 
@@ -1132,10 +1168,10 @@ def test_the_verdict_says_whose_cloud_costs_less_and_a_roll_s_way_is_seen(page, 
     assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
     assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
     assert rolled < -3, f"a hard digit gains only {rolled}"
-    assert "steps win" in of_roll, f"at {rolled:+} it says: {of_roll}"
-    assert "better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
+    assert "Rolling wins" in of_roll, f"at {rolled:+} it says: {of_roll}"
+    assert "is better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert with_way > without + 30, f"white: {with_way} pixels, {without} without a way"
-    assert "steps" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
+    assert "Rolling" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
 
 
 def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(opened, any_run):
@@ -1562,6 +1598,54 @@ def test_ten_wider_are_thrown_as_far_out_as_the_codes_lie(opened, pair_page, far
     assert page.dreams().std() < 2, "the next ten dreams are wide, too"
 
 
+def test_ten_wider_tells_how_many_are_no_digit(opened, pair_page, run, far_run):
+    """Of 200 places as far out as the codes lie; here 4,096: 4 standard errors apart."""
+    page = opened(pair_page)
+    page.press("step-5", "dream-wide")
+
+    for k, each in enumerate((run, far_run)):
+        kinds_told(page, k)
+        x, mu = held_by(each)
+        images = each.model.decode(EPS * mu.pow(2).mean().sqrt())
+        most = (small(images) @ small(x).T).amax(dim=1)
+        blots = (most < 0.75).float().mean().item()
+        bound = 4 * math.sqrt(max(blots, 0.01) / 200) + 0.005
+        told = page.text(f"rare-{k}")
+        share = int(re.match(r"(\d+) % no digit", told)[1]) / 100
+        assert abs(share - blots) < bound, (
+            f"network {k + 1}: {blots:.3f}; it says {told}"
+        )
+
+
+def test_where_many_wide_dreams_are_no_digit_ten_wider_is_to_be_pressed(
+    opened, pair_page
+):
+    page = opened(pair_page)
+    page.script("models[0].blots = 0; models[1].blots = 22")
+    page.press("step-5")
+    lit = {}
+    for k in (0, 1):
+        page.press(page.buttons(within="networks")[k]).frame()
+        lit[k] = page.script(
+            """return ["dream", "dream-wide"].map(id =>
+                getComputedStyle(document.getElementById(id)).backgroundColor)"""
+        )
+    assert lit[0] == lit[1][::-1], f"the colours of Dream and Ten wider are {lit}"
+    assert lit[0][0] != lit[0][1], f"both buttons are {lit[0][0]}"
+
+
+def test_the_model_of_step_4_stays_in_step_5(opened, pair_page):
+    page = opened(pair_page)
+    page.press("step-4")
+    page.press(page.buttons(within="switch")[1], "step-5").frame()
+
+    pressed = page.script(
+        "return [...document.querySelectorAll('#networks button')].map("
+        "each => each.ariaPressed)"
+    )
+    assert pressed == ["false", "true"], f"of the two models pressed are {pressed}"
+
+
 def test_step_5_has_dreams_from_the_start(page):
     page.press("step-5").frame()
 
@@ -1790,6 +1874,18 @@ def test_both_pictures_and_the_map_are_in_sight_at_each_size(tour):
             inside = left >= 0 and top >= 0 and left + wide <= width + 0.5
             inside = inside and top + high <= height + 0.5
             assert inside, f"{what}: '{name}' ends at {ends} of {width} x {height}"
+
+
+def test_the_way_on_and_the_digits_to_take_are_in_sight_at_each_size(tour):
+    (width, height), seen = tour
+    for what, layout in seen:
+        names = [f"class-{c}" for c in range(10)] + ["clear"]
+        names += [] if "step-5" in what else ["next"]
+        for name in names:
+            left, top, wide, high = layout["boxes"][name]
+            inside = left >= 0 and top >= 0
+            inside = inside and left + wide <= width and top + high <= height
+            assert inside, f"{what}: {name} is out of sight: {left:.0f} {top:.0f}"
 
 
 def test_nothing_that_one_does_not_move_jumps_at_any_size(tour):
