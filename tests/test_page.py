@@ -1604,7 +1604,11 @@ def test_ten_wider_tells_how_many_are_no_digit(opened, pair_page, run, far_run):
     page.press("step-5", "dream-wide")
 
     for k, each in enumerate((run, far_run)):
-        kinds_told(page, k)
+        page.wait(
+            """const line = document.getElementById(`rare-${arguments[0]}`);
+            while (!line.textContent.includes("%")) await frame();""",
+            k,
+        )
         x, mu = held_by(each)
         images = each.model.decode(EPS * mu.pow(2).mean().sqrt())
         most = (small(images) @ small(x).T).amax(dim=1)
@@ -1621,7 +1625,7 @@ def test_where_many_wide_dreams_are_no_digit_ten_wider_is_to_be_pressed(
     opened, pair_page
 ):
     page = opened(pair_page)
-    page.script("models[0].blots = 0; models[1].blots = 22")
+    page.script("models[1].wide.blots = 44")
     page.press("step-5")
     lit = {}
     for k in (0, 1):
