@@ -1168,10 +1168,10 @@ def test_the_verdict_says_whose_cloud_costs_less_and_a_roll_s_way_is_seen(page, 
     assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
     assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
     assert rolled < -3, f"a hard digit gains only {rolled}"
-    assert "Rolling wins" in of_roll, f"at {rolled:+} it says: {of_roll}"
+    assert re.search(r"\b\d\d+ steps beat", of_roll), f"at {rolled:+} it says: {of_roll}"
     assert "is better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert with_way > without + 30, f"white: {with_way} pixels, {without} without a way"
-    assert "Rolling" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
+    assert "steps" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
 
 
 def test_roll_downhill_ends_as_low_as_pytorch_s_own_descent(opened, any_run):
@@ -1636,18 +1636,6 @@ def test_where_many_wide_dreams_are_no_digit_ten_wider_is_to_be_pressed(
         )
     assert lit[0] == lit[1][::-1], f"the colours of Dream and Ten wider are {lit}"
     assert lit[0][0] != lit[0][1], f"both buttons are {lit[0][0]}"
-
-
-def test_the_model_of_step_4_stays_in_step_5(opened, pair_page):
-    page = opened(pair_page)
-    page.press("step-4")
-    page.press(page.buttons(within="switch")[1], "step-5").frame()
-
-    pressed = page.script(
-        "return [...document.querySelectorAll('#networks button')].map("
-        "each => each.ariaPressed)"
-    )
-    assert pressed == ["false", "true"], f"of the two models pressed are {pressed}"
 
 
 def test_step_5_has_dreams_from_the_start(page):
