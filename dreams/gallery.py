@@ -46,6 +46,7 @@ SLOT = '<script id="run" type="application/json"></script>'  # to be filled, in 
 CELLS = 20  # points of the plane in each direction that the canvas shows
 PLANE = 600  # width and height of the plane in a picture, in pixels
 STRIP = 28  # height of the text above a picture, in pixels
+GROWN = 2  # dreams of which the page shows how they grew
 EACH = 100  # held-out images of each class that the page holds; the mirror shows 4
 LEAST_EXTENT = 4  # from -4 to 4 the plane holds all but 1 in 8,000 of the dreams
 HELD = 0.99  # share of the codes that the plane holds at least
@@ -308,6 +309,14 @@ def page_model(run, x, places):
     }
 
 
+def page_growth(run):
+    """Return how dreams grew: before training and after at most ten of the epochs."""
+    last = len(run.dreams) - 1
+    epochs = torch.linspace(0, last, min(last, 10) + 1).round().int().tolist()
+    dreams = torch.stack([run.dreams[epoch][:GROWN] for epoch in epochs])
+    return {"epochs": epochs, "dreams": encoded((255 * dreams).round().byte())}
+
+
 def read_template():
     """Return what stands before and after the model's slot in the page's template."""
     try:
@@ -328,6 +337,7 @@ def draw_page(run, beside=None):
         "classes": class_names(run),
         "colours": COLOURS,
         "digits": encoded((255 * x).round().byte()),
+        "growth": page_growth(run),
         "models": [page_model(each, x, places) for each in (run, beside) if each],
     }
     filled = SLOT.replace("></", f">{json.dumps(shown)}</")

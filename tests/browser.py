@@ -161,7 +161,7 @@ class Page:
         self.set_media()
         self.set_size(*WINDOW)
         if self.path != path:
-            return self.open(path)
+            self.open(path)
         self.move_away()
         self.wait(
             """for (const id of ["clear", "step-1"]) document.getElementById(id).click();

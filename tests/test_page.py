@@ -342,8 +342,8 @@ def test_below_what_is_redrawn_are_ten_more_and_how_many_lose_their_kind(page, r
     """Of 300 held-out digits, each called as the nine are that look most like it."""
     page.press("class-4", "class-4")
     told = page.wait(
-        """const line = document.getElementById("lost");
-        while (!line.textContent.includes("%")) await frame();
+        r"""const line = document.getElementById("lost");
+        while (!/\d %/.test(line.textContent)) await frame();
         return line.textContent;"""
     )
     x, mu = held_by(run)
@@ -355,6 +355,18 @@ def test_below_what_is_redrawn_are_ten_more_and_how_many_lose_their_kind(page, r
     lost = (alike.mode(dim=1).values != torch.arange(300) % 10).float().mean().item()
     share = int(re.search(r"(\d+) %", told)[1]) / 100
     assert abs(share - lost) < 0.04, f"{lost:.3f} lose their kind; it says: {told}"
+
+
+def test_one_sees_dreams_grow_as_they_were_saved(opened, run, folders):
+    """Of more than ten epochs, before the first and after ten as far apart as can be."""
+    longer, epochs = copy.copy(run), 24
+    longer.dreams = [torch.rand(3, 1, 28, 28) for _ in range(epochs + 1)]
+    page = opened(write_page(folders(), longer))
+
+    moments = [longer.dreams[round(k * epochs / 10)][:2] for k in range(11)]
+    expected = torch.stack(moments, dim=1).view(-1, 28 * 28)
+    expect_picture(page.small_pictures("growth-strip"), expected, "while it learned")
+    assert f"in {epochs} passes:" in page.text("grown"), page.text("grown")
 
 
 def test_an_empty_pad_says_what_to_do(page):
@@ -1168,7 +1180,9 @@ def test_the_verdict_says_whose_cloud_costs_less_and_a_roll_s_way_is_seen(page, 
     assert moved_away > 1, f"the cloud was not moved far enough: {moved_away}"
     assert "encoder is better" in of_hand, f"at {moved_away:+} it says: {of_hand}"
     assert rolled < -3, f"a hard digit gains only {rolled}"
-    assert re.search(r"\b\d\d+ steps beat", of_roll), f"at {rolled:+} it says: {of_roll}"
+    assert re.search(r"\b\d\d+ steps beat", of_roll), (
+        f"at {rolled:+} it says: {of_roll}"
+    )
     assert "is better" not in of_roll, f"at {rolled:+} it says: {of_roll}"
     assert with_way > without + 30, f"white: {with_way} pixels, {without} without a way"
     assert "steps" not in of_hand_again, f"moved by hand, it says: {of_hand_again}"
@@ -1239,7 +1253,7 @@ def test_a_rolling_cloud_rolls_on_whatever_else_is_done(page, run, what):
     act[what]()
 
     assert page.wait(MOVING), f"the cloud stands still after {what}"
-    assert page.text("verdict") == "Rolling …", f"it says: {page.text('verdict')}"
+    assert page.text("verdict").startswith("Rolling:"), page.text("verdict")
 
 
 def middle_of_cloud(page):
@@ -1599,7 +1613,7 @@ def test_ten_wider_are_thrown_as_far_out_as_the_codes_lie(opened, pair_page, far
 
 
 def test_ten_wider_tells_how_many_are_no_digit(opened, pair_page, run, far_run):
-    """Of 200 places as far out as the codes lie; here 4,096: 4 standard errors apart."""
+    """Of 300 places as far out as the codes lie; here 4,096: 4 standard errors apart."""
     page = opened(pair_page)
     page.press("step-5", "dream-wide")
 
@@ -1613,7 +1627,7 @@ def test_ten_wider_tells_how_many_are_no_digit(opened, pair_page, run, far_run):
         images = each.model.decode(EPS * mu.pow(2).mean().sqrt())
         most = (small(images) @ small(x).T).amax(dim=1)
         blots = (most < 0.75).float().mean().item()
-        bound = 4 * math.sqrt(max(blots, 0.01) / 200) + 0.005
+        bound = 4 * math.sqrt(max(blots, 0.01) / 300) + 0.005
         told = page.text(f"rare-{k}")
         share = int(re.match(r"(\d+) % no digit", told)[1]) / 100
         assert abs(share - blots) < bound, (
@@ -1625,7 +1639,7 @@ def test_where_many_wide_dreams_are_no_digit_ten_wider_is_to_be_pressed(
     opened, pair_page
 ):
     page = opened(pair_page)
-    page.script("models[1].wide.blots = 44")
+    page.script("models[1].far.none = 66")
     page.press("step-5")
     lit = {}
     for k in (0, 1):
@@ -1634,7 +1648,7 @@ def test_where_many_wide_dreams_are_no_digit_ten_wider_is_to_be_pressed(
             """return ["dream", "dream-wide"].map(id =>
                 getComputedStyle(document.getElementById(id)).backgroundColor)"""
         )
-    assert lit[0] == lit[1][::-1], f"the colours of Dream and Ten wider are {lit}"
+    assert lit[0] == lit[1][::-1], f"the colours of Dream and Ten farther are {lit}"
     assert lit[0][0] != lit[0][1], f"both buttons are {lit[0][0]}"
 
 
@@ -1721,15 +1735,15 @@ def test_a_dream_is_a_flight_on_which_each_place_is_redrawn(page, run):
 ACTS = {  # what is done, and what is heard then
     "a class button": (
         lambda page: page.press("class-8"),
-        r"^An 8, among \ds, redrawn as (an 8|a [^8])",
+        r"^An 8, among \ds( and \ds)?, redrawn as (an 8|a [^8])",
     ),
     "a stroke": (
         lambda page: page.drag("pad", ring(0.25)),
-        r"drawing, among \ds, redrawn as an? \d",
+        r"drawing, among \ds( and \ds)?, redrawn as an? \d",
     ),
     "keys": (
         type_on_map(*["ArrowLeft"] * 5),
-        r"(among \ds|far from any digit), redrawn as an? \d",
+        r"(among \ds( and \ds)?|far from any digit), redrawn as an? \d",
     ),
     "clear": (lambda page: page.press("clear"), "empty"),
     "a dream": (lambda page: page.press("step-5", "dream"), r"[Dd]ream, an? \d"),
@@ -1748,10 +1762,10 @@ def test_who_does_not_see_hears_what_is_there_once_for_each_act(page):
 
 
 def test_who_does_not_see_hears_where_the_costs_pull(page, run):
-    """Far right of the middle of the plane its cost pulls to the left."""
+    """Far right of the middle of the plane its cost pulls a wide cloud to the left."""
     hold_cloud(page, run, 3)
 
-    page.type(*["ArrowRight"] * 25)
+    page.type(*["]"] * 12, *["ArrowRight"] * 25)
     words, _ = page.heard()
 
     assert re.search(r"the cloud's, left\b", words), f"one hears {words!r}"
@@ -1766,7 +1780,8 @@ def test_next_leads_through_the_five_steps_and_each_has_a_heading(page):
         headings = page.headings()
         own = [each for each in headings if each.endswith(".")]
         assert len(own) == 1, f"step {step}: its heading is missing in {headings}"
-        assert own[0] in page.words(), f"step {step}: {own[0]!r} is not in sight"
+        words = " ".join(page.words().split())
+        assert own[0] in words, f"step {step}: {own[0]!r} is not in sight"
         if step < 5:
             page.press("next")
     assert "Next" not in page.words(), "there is a next step after the last one"
