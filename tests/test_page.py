@@ -366,7 +366,7 @@ def test_one_sees_dreams_grow_as_they_were_saved(opened, run, folders):
     moments = [longer.dreams[round(k * epochs / 10)][:2] for k in range(11)]
     expected = torch.stack(moments, dim=1).view(-1, 28 * 28)
     expect_picture(page.small_pictures("growth-strip"), expected, "while it learned")
-    assert f"in {epochs} passes:" in page.text("grown"), page.text("grown")
+    assert f" {epochs} passes " in page.text("grown"), page.text("grown")
 
 
 def test_an_empty_pad_says_what_to_do(page):
